@@ -1,0 +1,68 @@
+"""Which implementation runs: the Triton kernels, or PyTorch's own operators.
+
+- CUDA and ROCm tensors run the kernels where triton can be imported; everything else runs PyTorch's operators.
+- `FASTFORMER_BACKEND=triton|torch` forces one for the whole process. Forcing triton where it cannot run is an error,
+  never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+_CHOICES = ("auto", "triton", "torch")
+MINIMUM_TRITON = (3, 6)
+
+
+def forced_backend() -> str:
+    """The value of FASTFORMER_BACKEND: "auto" (unset), "triton" or "torch".
+
+    Raises:
+        ValueError: it is set to anything else.
+    """
+    choice = os.environ.get("FASTFORMER_BACKEND", "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"FASTFORMER_BACKEND must be one of {', '.join(_CHOICES)}, got {choice!r}")
+    return choice
+
+
+@functools.cache
+def triton_status() -> tuple[bool, str]:
+    """(whether triton can be used, why or why not), without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Vendors ship triton under other names (pytorch-triton-rocm, triton-windows): present, version unknown.
+        return True, "triton (version unknown)"
+    parts = tuple(int(p) for p in version.split("+")[0].split(".")[:2])
+    if parts < MINIMUM_TRITON:
+        return False, f"triton {version} is older than {'.'.join(map(str, MINIMUM_TRITON))}"
+    return True, f"triton {version}"
+
+
+def backend_for(device: torch.device) -> str:
+    """ "triton" or "torch" for tensors on `device`.
+
+    Raises:
+        RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
+    """
+    choice = forced_backend()
+    if choice == "torch":
+        return "torch"
+    usable, why = triton_status()
+    if choice == "triton":
+        if not usable:
+            raise RuntimeError(f"FASTFORMER_BACKEND=triton, but {why}")
+        if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+            raise RuntimeError(
+                f"FASTFORMER_BACKEND=triton, but tensors on {device} can run Triton kernels only "
+                "in its interpreter (TRITON_INTERPRET=1)"
+            )
+        return "triton"
+    return "triton" if device.type == "cuda" and usable else "torch"

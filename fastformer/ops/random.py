@@ -1,0 +1,56 @@
+"""Seeds for dropout, and the reference of the kernels' generator.
+
+- A dropout call draws one 64-bit seed from PyTorch's generator of the tensor's device: `torch.manual_seed` makes a run
+  repeat, activation checkpointing restores it, a CUDA graph draws a fresh one every replay, nothing waits for the
+  device.
+- The mask is a function of (seed, element), see `fastformer.kernels.random`; `philox_keep` is that function in PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh dropout seed: int64 tensor of shape (1,) on `device`."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_threshold(p: float) -> int:
+    """The 32-bit draw below which an element is dropped: P(draw < threshold) = p up to 2**-32."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def philox_keep(seed: int, column: Tensor, row: Tensor, plane: Tensor, p: float) -> Tensor:
+    """Philox-4x32-10 keep mask, the reference of `fastformer.kernels.random.keep`.
+
+    Args:
+        seed: signed or unsigned 64-bit integer.
+        column, row, plane: int64 tensors that broadcast together, values in [0, 2**32).
+        p: probability of dropping, in [0, 1].
+
+    Returns:
+        bool tensor of the broadcast shape, True where the element survives.
+    """
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    c0, c1, c2 = torch.broadcast_tensors(column.long(), row.long(), plane.long())
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _M0)
+        high1, low1 = _multiply(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0 >= dropout_threshold(p)
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    # 32 x 32 -> 64 bits in halves of 16, since int64 holds no unsigned 64-bit product.
+    low, high = a & 0xFFFF, a >> 16
+    first, second = low * b, high * b
+    carry = (first >> 16) + (second & _LOW)
+    return ((second >> 32 << 16) + (carry >> 16)) & _LOW, (first & 0xFFFF) | ((carry & 0xFFFF) << 16)

@@ -1,0 +1,45 @@
+"""Argument checks that every operator shares: one clear sentence naming the argument, what it got, what it needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    ndim: int | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+    shape: tuple[int | None, ...] | None = None,
+) -> None:
+    """Raise unless `value` is a tensor with these properties; None in `shape` stands for any size.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not in `dtypes`.
+        ValueError: another number of dimensions, shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be one of {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    if shape is not None and (
+        value.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, value.shape, strict=True))
+    ):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p <= 1."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {p}")
