@@ -1,0 +1,119 @@
+"""`patch` and `unpatch`: a stock model, sped up in place and back.
+
+- What to replace stands in one table a model family (`families/`): class path → behaviour. Class paths are strings, so
+  nothing is imported that the model has not imported itself.
+- Every instance gets a class of its own (`swap`), so a second model of the same class is never touched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from fastformer.integrations import families
+from fastformer.integrations.swap import class_path, is_swapped, restore, swap
+
+UNPAD_CHOICES = ("auto", True, False)
+
+
+@dataclass
+class PatchReport:
+    """What `patch` changed, what it left as it was, and why.
+
+    Attributes:
+        model: class name of the model.
+        replaced: (module path, what it does now) for every module that got a new forward.
+        skipped: (module path, reason) for what a family's table names but could not be replaced.
+        unpad: whether padding is removed, and at what price.
+        notes: remarks that hold for the whole model.
+    """
+
+    model: str
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    unpad: str = "no padding to remove"
+    notes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.replaced)
+
+    def __str__(self) -> str:
+        lines = [f"fastformer patch of {self.model}: {len(self.replaced)} modules"]
+        lines += [f"  {n:>4} × {what}" for what, n in Counter(what for _, what in self.replaced).items()]
+        lines.append(f"  padding: {self.unpad}")
+        lines += [f"  left as it was: {path or 'the model'}: {why}" for path, why in self.skipped]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
+    """Speed up a stock Hugging Face or torch.nn model in place.
+
+    Parameters, state_dict keys, hooks and outputs stay what they are; only forward methods of this one instance change,
+    and `unpatch` undoes that. Patching twice is the same as patching once with the later options.
+
+    Args:
+        model: the model, or any part of it.
+        unpad: remove padding for the whole encoder where the family allows it. "auto" and True do it whenever a batch
+            comes with a mask that has padding; False keeps padded tensors (for a model whose outputs at padded
+            positions are used: with padding removed they are zero).
+
+    Returns:
+        A report; print it. It is falsy if nothing was replaced.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: `unpad` is not "auto", True or False.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if unpad not in UNPAD_CHOICES:
+        raise ValueError(f'unpad must be "auto", True or False, got {unpad!r}')
+    unpatch(model)
+    report = PatchReport(type(model).__name__)
+    unpads = False
+    for path, module in model.named_modules():
+        rule = families.RULES.get(class_path(module))
+        if rule is None:
+            continue
+        reason = rule.why_not(module)
+        if reason:
+            report.skipped.append((path, reason))
+            continue
+        swap(module, rule.behaviour)
+        report.replaced.append((path, rule.what))
+        if rule.removes_padding:
+            unpads = True
+            # An ordinary attribute: it travels with deepcopy and pickle, and unpatch takes it away.
+            module.fastformer_unpad = unpad is not False
+    if unpads:
+        report.unpad = (
+            "removed for the whole encoder (one host read a batch when the mask is on a GPU)"
+            if unpad is not False
+            else "kept, as asked by unpad=False"
+        )
+    if not report.replaced and not report.skipped:
+        report.notes.append("no part of it is known; supported: " + ", ".join(families.NAMES))
+    return report
+
+
+def unpatch(model: torch.nn.Module) -> int:
+    """Undo `patch`, leaving no trace.
+
+    Returns:
+        Number of modules that were restored; 0 if the model was not patched.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    restored = 0
+    for module in model.modules():
+        if is_swapped(module):
+            restore(module)
+            module.__dict__.pop("fastformer_unpad", None)
+            restored += 1
+    return restored

@@ -1,0 +1,138 @@
+"""Removing padding from a batch and putting it back.
+
+- A padded batch is [batch, seqlen, ...] with a mask; a packed one is [tokens, ...], the real tokens of all sequences
+  one after another, with `cu_seqlens` (cumulated lengths) saying where each begins.
+- `Packing` is computed once per batch from the mask and used by every layer. On a GPU that costs one host read (the
+  lengths): shapes of packed tensors live on the host. It is the only one.
+- Packing and padding are each other's gradient: both are copies by unique indices, so no atomic additions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# On a GPU, matrix products want a token count that is a multiple of a tile; the surplus rows belong to no sequence.
+GPU_TOKEN_MULTIPLE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of a packed batch come from.
+
+    Attributes:
+        indices: int64 [tokens], place of each packed token in the flattened [batch * seqlen] batch.
+        cu_seqlens: int32 [batch + 1], first packed token of each sequence, then the number of tokens.
+        max_seqlen: the longest sequence, in tokens.
+        batch, seqlen: shape of the padded batch.
+        tokens: number of real tokens, `cu_seqlens[-1]` as a host number.
+        rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch: int
+    seqlen: int
+    tokens: int
+    rows: int
+
+    @staticmethod
+    def from_mask(mask: Tensor) -> Packing:
+        """Packing of a batch whose real tokens are where `mask` is not zero.
+
+        The mask may have its padding left, right or in between.
+
+        Args:
+            mask: [batch, seqlen], bool or number.
+
+        Raises:
+            ValueError: mask does not have two dimensions.
+        """
+        if mask.ndim != 2:
+            raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
+        batch, seqlen = mask.shape
+        real = mask != 0
+        # The one wait for the device: lengths decide the shapes of everything that follows.
+        lengths = real.sum(dim=1).tolist()
+        tokens = sum(lengths)
+        multiple = GPU_TOKEN_MULTIPLE if mask.device.type == "cuda" else 1
+        rows = -(-tokens // multiple) * multiple
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        flat = real.flatten()
+        if mask.device.type == "cpu":
+            indices = flat.nonzero().squeeze(1)
+        else:
+            # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
+            indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
+            cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
+        return Packing(indices, cu_seqlens, max(lengths, default=0), batch, seqlen, tokens, rows)
+
+    def positions(self) -> Tensor:
+        """Place of each packed token in its own sequence of the padded batch: int64 [1, rows]."""
+        places = torch.zeros(1, self.rows, dtype=torch.int64, device=self.indices.device)
+        places[0, : self.tokens] = self.indices % self.seqlen
+        return places
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[batch, seqlen, ...] to [rows, ...]; surplus rows are zero."""
+        if padded.shape[:2] != (self.batch, self.seqlen):
+            raise ValueError(f"padded must have shape ({self.batch}, {self.seqlen}, ...), got {tuple(padded.shape)}")
+        return _Pack.apply(padded.flatten(0, 1), self.indices, self.rows)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[rows, ...] to [batch, seqlen, ...]; places without a token are zero."""
+        if packed.shape[0] != self.rows:
+            raise ValueError(f"packed must have {self.rows} rows, got shape {tuple(packed.shape)}")
+        flat = _Pad.apply(packed, self.indices, self.batch * self.seqlen)
+        return flat.unflatten(0, (self.batch, self.seqlen))
+
+
+def _gather(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
+    if rows == indices.shape[0]:
+        return flat.index_select(0, indices)
+    out = flat.new_zeros(rows, *flat.shape[1:])
+    torch.index_select(flat.detach(), 0, indices, out=out[: indices.shape[0]])
+    return out
+
+
+def _scatter(packed: Tensor, indices: Tensor, size: int) -> Tensor:
+    out = packed.new_zeros(size, *packed.shape[1:])
+    return out.index_copy_(0, indices, packed[: indices.shape[0]])
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
+        return _gather(flat, indices, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        flat, indices, _ = inputs
+        ctx.save_for_backward(indices)
+        ctx.size = flat.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (indices,) = ctx.saved_tensors
+        return _Pad.apply(grad, indices, ctx.size), None, None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(packed: Tensor, indices: Tensor, size: int) -> Tensor:
+        return _scatter(packed, indices, size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        packed, indices, _ = inputs
+        ctx.save_for_backward(indices)
+        ctx.rows = packed.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (indices,) = ctx.saved_tensors
+        return _Pack.apply(grad, indices, ctx.rows), None, None
