@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The stages of `make test`, all of them or those named: tools/test.sh [STAGE...]. Stops at the first that fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+# Processes share the machine's cores between them; PyTorch would take all of them in each.
+workers=2
+export PYTHONUNBUFFERED=1
+
+build() {
+    FASTFORMER_WERROR=1 $python setup.py --quiet build_ext --inplace --build-temp build/werror
+}
+
+lint() {
+    $python -m ruff check .
+    $python -m ruff format --check .
+}
+
+types() {
+    $python -m mypy -p fastformer
+}
+
+unit() {
+    OMP_NUM_THREADS=1 $python -m pytest -n $workers --dist worksteal tests \
+        --ignore=tests/gpu --ignore=tests/downstream --ignore=tests/interpreter --ignore=tests/test_package.py
+}
+
+# The interpreter replaces Triton's compiler when kernels are decorated, so it has a process of its own.
+interpreter() {
+    local folders=(tests/ops)
+    [ ! -e tests/interpreter ] || folders+=(tests/interpreter)
+    TRITON_INTERPRET=1 FASTFORMER_BACKEND=triton OMP_NUM_THREADS=1 \
+        $python -m pytest -n $workers --dist worksteal "${folders[@]}"
+}
+
+gate() {
+    $python -m tests.gate --quiet
+    bash tools/triton.sh 3.6.0 $python
+    $python -m tests.gate --quiet --triton 3.6.0
+}
+
+rehearsal() {
+    $python -m bench.gpu --rehearse
+}
+
+package() {
+    $python -m pytest tests/test_package.py
+}
+
+title() {
+    case $1 in
+        build) echo "C++ build, warnings as errors" ;;
+        lint) echo "ruff: lint and format" ;;
+        types) echo "mypy" ;;
+        unit) echo "unit tests on the CPU" ;;
+        interpreter) echo "kernels in Triton's interpreter, opcheck" ;;
+        gate) echo "ahead-of-time compilation for five GPUs, two Tritons" ;;
+        rehearsal) echo "rehearsal of make gpu" ;;
+        package) echo "wheel: built, audited, installed, used" ;;
+        *) echo "unknown stage $1; one of: ${all[*]}" >&2; exit 2 ;;
+    esac
+}
+
+all=(build lint types unit interpreter gate rehearsal package)
+stages=("$@")
+[ $# -gt 0 ] || stages=("${all[@]}")
+current=""
+trap '[ $? -eq 0 ] || echo "FAILED: ${current:-$0}" >&2' EXIT
+for stage in "${stages[@]}"; do
+    heading=$(title "$stage")
+    current="$heading (make $stage)"
+    echo
+    echo "== $heading"
+    started=$SECONDS
+    "$stage"
+    echo "-- $stage: $((SECONDS - started)) s"
+done
+echo
+echo "All passed: ${stages[*]} (${SECONDS} s)"
