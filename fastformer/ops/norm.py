@@ -11,16 +11,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastformer.ops.random import philox_keep
+from fastformer.ops.backend import backend_for
+from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.random import draw_seed, dropout_threshold, philox_keep
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor
 
-_REFERENCE_FLOATS = (*FLOATS, torch.float64)
+_DTYPES = (*FLOATS, torch.float64)
 
 
 def layer_norm(
@@ -45,7 +47,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
     """
-    return _norm(_Call(input, None, weight, bias, eps, out_dtype=out_dtype))[0]
+    return _norm(input, None, weight, bias, None, None, 0.0, eps, 0.0, False, None, out_dtype, False)[0]
 
 
 def rms_norm(
@@ -71,7 +73,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape or device.
     """
-    return _norm(_Call(input, None, weight, None, eps, rms=True, offset=offset, out_dtype=out_dtype))[0]
+    return _norm(input, None, weight, None, None, None, 0.0, eps, offset, True, None, out_dtype, False)[0]
 
 
 def add_layer_norm(
@@ -112,12 +114,11 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device or range.
     """
-    call = _Call(
-        input, residual, weight, bias, eps, dropout_p if training else 0.0, row_scale=row_scale,
-        residual_dtype=residual_dtype, out_dtype=out_dtype, seed=dropout_seed,
-    )  # fmt: skip
     check_probability("dropout_p", dropout_p)
-    out, total = _norm(call)
+    out, total = _norm(
+        input, residual, weight, bias, row_scale, dropout_seed, dropout_p if training else 0.0, eps, 0.0, False,
+        residual_dtype, out_dtype, return_residual,
+    )  # fmt: skip
     return (out, total) if return_residual else out
 
 
@@ -140,89 +141,228 @@ def add_rms_norm(
 
     eps=None takes the machine epsilon of the sum's dtype.
     """
-    call = _Call(
-        input, residual, weight, None, eps, dropout_p if training else 0.0, rms=True, offset=offset,
-        row_scale=row_scale, residual_dtype=residual_dtype, out_dtype=out_dtype, seed=dropout_seed,
-    )  # fmt: skip
     check_probability("dropout_p", dropout_p)
-    out, total = _norm(call)
+    out, total = _norm(
+        input, residual, weight, None, row_scale, dropout_seed, dropout_p if training else 0.0, eps, offset, True,
+        residual_dtype, out_dtype, return_residual,
+    )  # fmt: skip
     return (out, total) if return_residual else out
 
 
-@dataclass
-class _Call:
-    """One call's arguments, the same for the four functions."""
+def _norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float | None,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """The four functions in one: (normed, sum); the sum is meaningful only if `want_sum`."""
+    _check(input, residual, weight, bias, row_scale, seed)
+    if sum_dtype is None:
+        sum_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    if eps is None:
+        eps = torch.finfo(sum_dtype).eps
+    # No kernel computes in float64 or has a program for rows without elements.
+    if backend_for(input.device) == "torch" or sum_dtype == torch.float64 or input.shape[-1] == 0:
+        return _compose(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype)
+    if out_dtype is None:
+        out_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else sum_dtype
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    saves = residual is not None and torch.is_grad_enabled()
+    out, total, _ = _norm_op(
+        input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed, p, eps, offset, rms,
+        sum_dtype, out_dtype, want_sum or saves,
+    )  # fmt: skip
+    return out, total
 
-    input: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float | None
-    p: float = 0.0
-    rms: bool = False
-    offset: float = 0.0
-    row_scale: Tensor | None = None
-    residual_dtype: torch.dtype | None = None
-    out_dtype: torch.dtype | None = None
-    seed: Tensor | None = None
 
-
-def _norm(call: _Call) -> tuple[Tensor, Tensor]:
-    _check(call)
-    return _compose(call)
-
-
-def _check(call: _Call) -> None:
-    check_tensor("input", call.input, dtypes=_REFERENCE_FLOATS)
-    if call.input.ndim == 0:
+def _check(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+) -> None:
+    check_tensor("input", input, dtypes=_DTYPES)
+    if input.ndim == 0:
         raise ValueError("input must have at least one dimension, got shape ()")
-    shape, device = tuple(call.input.shape), call.input.device
-    if call.residual is not None:
-        check_tensor("residual", call.residual, dtypes=_REFERENCE_FLOATS, shape=shape, device=device)
-    for name, value in (("weight", call.weight), ("bias", call.bias)):
+    shape, device = input.shape, input.device
+    if residual is not None:
+        check_tensor("residual", residual, dtypes=_DTYPES, shape=shape, device=device)
+    for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            check_tensor(name, value, dtypes=_REFERENCE_FLOATS, shape=shape[-1:], device=device)
-    if call.row_scale is not None:
-        check_tensor("row_scale", call.row_scale, dtypes=_REFERENCE_FLOATS, shape=shape[:-1], device=device)
-    if call.seed is not None:
-        check_tensor("dropout_seed", call.seed, dtypes=(torch.int64,), shape=(1,), device=device)
+            check_tensor(name, value, dtypes=_DTYPES, shape=shape[-1:], device=device)
+    if row_scale is not None:
+        check_tensor("row_scale", row_scale, dtypes=_DTYPES, shape=shape[:-1], device=device)
+        if row_scale.requires_grad:
+            raise ValueError("row_scale takes no gradient; detach it, got requires_grad=True")
+    if seed is not None:
+        check_tensor("dropout_seed", seed, dtypes=(torch.int64,), shape=(1,), device=device)
 
 
-def _compose(call: _Call) -> tuple[Tensor, Tensor]:
+def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _compose(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     """PyTorch's own operators: bit for bit the stock layer wherever stock accepts the dtypes."""
-    total = call.input
-    if call.residual is not None:
-        branch = _dropout(call.input, call.p, call.seed)
-        if call.row_scale is not None:
-            branch = branch * call.row_scale.unsqueeze(-1)
-        total = call.residual + branch
-        if call.residual_dtype is not None:
-            total = total.to(call.residual_dtype)
-    shape = total.shape[-1:]
-    weight = call.weight
-    if weight is not None and call.offset:
-        weight = weight.float() + call.offset
-    stock = all(
-        w is None or w.dtype == total.dtype or torch.is_autocast_enabled(total.device.type) for w in (weight, call.bias)
-    )
-    if call.rms:
-        eps = torch.finfo(total.dtype).eps if call.eps is None else call.eps
-        if stock:
-            out = F.rms_norm(total, shape, weight, eps)
-        else:
-            out = F.rms_norm(total.float(), shape, weight.float(), eps).to(total.dtype)
-    elif stock:
-        out = F.layer_norm(total, shape, weight, call.bias, call.eps)
+    total = input
+    if residual is not None:
+        branch = dropout_reference(input, p, seed)
+        if row_scale is not None:
+            branch = (branch * row_scale.unsqueeze(-1)).to(branch.dtype)
+        total = (residual + branch).to(sum_dtype)
+    if weight is not None and offset:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
+    out = norm_reference(total, weight, bias, eps, rms)
+    return (out if out_dtype is None else out.to(out_dtype)), total
+
+
+def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """LayerNorm or RMSNorm by PyTorch, in fp32 where it takes no mixture of dtypes; in fp64 the tests' reference."""
+    shape, dtype = total.shape[-1:], total.dtype
+    mixed = any(w is not None and w.dtype != dtype for w in (weight, bias))
+    if mixed and not torch.is_autocast_enabled(total.device.type):
+        total = total.float()
+        weight, bias = (None if w is None else w.float() for w in (weight, bias))
     else:
-        wide = (None if w is None else w.float() for w in (weight, call.bias))
-        out = F.layer_norm(total.float(), shape, *wide, call.eps).to(total.dtype)
-    return (out if call.out_dtype is None else out.to(call.out_dtype)), total
+        dtype = None
+    out = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
+    return out if dtype is None else out.to(dtype)
 
 
-def _dropout(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Stock dropout, or with a seed the kernels' own mask (which reads the seed on the host)."""
     if seed is None or p == 0.0:
         return F.dropout(input, p)
-    rows = torch.arange(input[..., 0].numel(), device=input.device).view(*input.shape[:-1], 1)
+    rows = torch.arange(input[..., :1].numel(), device=input.device).view(*input.shape[:-1], 1)
     columns = torch.arange(input.shape[-1], device=input.device)
-    keep = philox_keep(int(seed), columns, rows, torch.zeros_like(columns), p)
-    return torch.where(keep, input * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+    keep = philox_keep(int(seed), columns, rows, torch.zeros_like(columns), p, draws=4)
+    return torch.where(keep, input * keep_scale(p), 0.0)
+
+
+def keep_scale(p: float) -> float:
+    """Factor of a surviving element: 1 / (1 - p), and 0 for p = 1."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastformer.kernels.norm import norm_forward
+
+    out, total, stats = norm_forward(
+        input, residual, weight, bias, row_scale, seed, dropout_threshold(p), keep_scale(p), eps, offset, rms,
+        sum_dtype, out_dtype, keep_sum,
+    )  # fmt: skip
+    return out, input.new_empty(0) if total is None else total, stats
+
+
+def _forward_fake(
+    input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype, keep_sum
+):  # fmt: skip
+    rows = input.numel() // input.shape[-1]
+    return (
+        input.new_empty(input.shape, dtype=out_dtype),
+        input.new_empty(input.shape, dtype=sum_dtype) if keep_sum else input.new_empty(0),
+        input.new_empty((1 if rms else 2, rows), dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, residual, weight, bias, row_scale, seed, p, _, offset, rms = inputs[:10]
+    _, total, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(input if residual is None else total, stats, weight, row_scale, seed)
+    ctx.p, ctx.offset, ctx.rms = p, offset, rms
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
+
+
+def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: None) -> tuple[Any, ...]:
+    nothing = (None,) * 9
+    if dy is None and dz is None:
+        return None, None, None, None, *nothing
+    total, stats, weight, row_scale, seed = ctx.saved_tensors
+    wanted = [d if need else None for d, need in zip(ctx.dtypes, ctx.needs_input_grad[:4], strict=True)]
+    # Without dropout or row scale the branch and the residual get the same gradient: one tensor, as stock addition.
+    shared = wanted[0] is not None and wanted[0] == wanted[1] and seed is None and row_scale is None
+    if shared:
+        wanted[0] = None
+    if dy is None:
+        dy = torch.zeros_like(total)
+    found = iter(_norm_backward(dy, dz, total, stats, weight, row_scale, seed, ctx.p, ctx.offset, ctx.rms, *wanted))
+    gradients = [None if dtype is None else next(found) for dtype in wanted]
+    if shared:
+        gradients[0] = gradients[1]
+    return *gradients, *nothing
+
+
+def _run_backward(
+    dy: Tensor,
+    dz: Tensor | None,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    offset: float,
+    rms: bool,
+    input_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    from fastformer.kernels.norm import norm_backward
+
+    return norm_backward(
+        dy, dz, total, stats, weight, row_scale, seed, dropout_threshold(p), keep_scale(p), offset, rms,
+        input_dtype, residual_dtype, weight_dtype, bias_dtype,
+    )  # fmt: skip
+
+
+def _run_backward_fake(dy, dz, total, stats, weight, row_scale, seed, p, offset, rms, *dtypes):
+    shapes = (total.shape, total.shape, total.shape[-1:], total.shape[-1:])
+    return [total.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
+
+
+_norm_op = Operator("norm", _forward, _forward_fake, _setup_context, _backward)
+_norm_backward = Kernel("norm_backward", _run_backward, _run_backward_fake)

@@ -26,26 +26,29 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def philox_keep(seed: int, column: Tensor, row: Tensor, plane: Tensor, p: float) -> Tensor:
-    """Philox-4x32-10 keep mask, the reference of `fastformer.kernels.random.keep`.
+def philox_keep(seed: int, column: Tensor, row: Tensor, plane: Tensor, p: float, draws: int = 1) -> Tensor:
+    """Philox-4x32-10 keep mask, the reference of `fastformer.kernels.random.keep` and, with draws=4, `keep_columns`.
 
     Args:
         seed: signed or unsigned 64-bit integer.
         column, row, plane: int64 tensors that broadcast together, values in [0, 2**32).
         p: probability of dropping, in [0, 1].
+        draws: 1 or 4, how many neighbouring columns share one Philox call.
 
     Returns:
         bool tensor of the broadcast shape, True where the element survives.
     """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    c0, c1, c2 = torch.broadcast_tensors(column.long(), row.long(), plane.long())
+    column, c1, c2 = torch.broadcast_tensors(column.long(), row.long(), plane.long())
+    c0 = column // draws
     c3 = torch.zeros_like(c0)
     for _ in range(10):
         high0, low0 = _multiply(c0, _M0)
         high1, low1 = _multiply(c2, _M1)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return c0 >= dropout_threshold(p)
+    draw = torch.stack((c0, c1, c2, c3)[:draws], -1).gather(-1, (column % draws).unsqueeze(-1)).squeeze(-1)
+    return draw >= dropout_threshold(p)
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,83 @@
+"""What row-wise kernels share: how a tensor is seen as rows, how many programs walk over them, how partial sums end.
+
+A gradient that sums over rows (a weight's, a bias's) goes through a bounded number of fp32 partial rows, one a
+program, which `sum_partials` adds up in a fixed order: the result is the same on every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.targets import Target, target_of
+
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor with unit stride in its last dimension, and the distance between its rows in elements.
+
+    Strided rows are used where they lie; only a layout no row stride can describe is copied.
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def row_count(tensor: Tensor) -> int:
+    """Number of rows of a tensor whose last dimension is not empty."""
+    return tensor.numel() // tensor.shape[-1]
+
+
+def walkers(target: Target, tiles: int) -> int:
+    """Programs that walk over `tiles` row tiles and keep one partial row each: at most two a multiprocessor."""
+    return min(tiles, 2 * target.multiprocessors)
+
+
+def warps_for(target: Target, elements: int, each: int = 16) -> int:
+    """Warps of a program that holds `elements` per tensor, about `each` of them a thread."""
+    wanted = elements // (each * target.warp_size)
+    return max(1, min(triton.next_power_of_2(max(wanted, 1)), 512 // target.warp_size))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_partials(PARTIAL, FIRST, SECOND, count, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """FIRST[n] = sum_p PARTIAL[0, p, n], SECOND likewise from PARTIAL[1] by the programs of grid axis 1."""
+    group = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        place = (group * count + row).to(tl.int64)[:, None] * N + column[None, :]
+        total += tl.load(PARTIAL + place, mask=(row < count)[:, None] & (column < N)[None, :], other=0.0)
+    result = tl.sum(total, 0)
+    if group == 0:
+        tl.store(FIRST + column, result, mask=column < N)
+    else:
+        tl.store(SECOND + column, result, mask=column < N)
+
+
+def sum_partials(partial: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Sum fp32 partial rows.
+
+    Args:
+        partial: fp32 (len(dtypes), P, N), contiguous.
+        dtypes: one or two, of the results.
+
+    Returns:
+        one (N,) tensor for each dtype.
+    """
+    _, count, n = partial.shape
+    sums = [torch.empty(n, dtype=dtype, device=partial.device) for dtype in dtypes]
+    _sum_partials[(triton.cdiv(n, 32), len(sums))](
+        partial, sums[0], sums[-1], count, n, BLOCK_P=64, BLOCK_N=32, num_warps=4
+    )
+    return sums
+
+
+def target(tensor: Tensor) -> Target:
+    """Target of a tensor's device."""
+    return target_of(tensor.device)
