@@ -26,11 +26,11 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def philox_keep(seed: int, column: Tensor, row: Tensor, plane: Tensor, p: float, draws: int = 1) -> Tensor:
+def philox_keep(seed: int | Tensor, column: Tensor, row: Tensor, plane: Tensor, p: float, draws: int = 1) -> Tensor:
     """Philox-4x32-10 keep mask, the reference of `fastformer.kernels.random.keep` and, with draws=4, `keep_columns`.
 
     Args:
-        seed: signed or unsigned 64-bit integer.
+        seed: signed or unsigned 64-bit integer, or an int64 tensor of one element.
         column, row, plane: int64 tensors that broadcast together, values in [0, 2**32).
         p: probability of dropping, in [0, 1].
         draws: 1 or 4, how many neighbouring columns share one Philox call.

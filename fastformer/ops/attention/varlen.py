@@ -1,0 +1,173 @@
+"""Attention over packed sequences: tokens of all sequences in one row, no padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fastformer.ops.attention.options import Options, check_extras, check_heads, read_options
+from fastformer.ops.attention.packed_cpu import packed_cpu
+from fastformer.ops.attention.reference import attention_reference
+from fastformer.ops.random import draw_seed
+from fastformer.ops.validate import check_tensor
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: str = "top-left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    dropout_seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every packed sequence to itself (or to the packed sequence of the same number in key).
+
+    Sequence i has queries `query[cu_seqlens_q[i]:cu_seqlens_q[i + 1]]` and keys
+    `key[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`; either may be empty. Tokens after the last boundary, if the tensors are
+    longer, get output 0 and gradient 0. Options mean what they mean in `scaled_dot_product_attention`, within each
+    sequence.
+
+    Args:
+        query: (T, H, D) in fp32, fp16, bf16 (or fp64 on the CPU); key: (Tk, Hk, D); value: (Tk, Hk, Dv). Any strides
+            with a last one of 1 are read in place.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), on query's device, from 0, never falling, within the tensor.
+        max_seqlen_q, max_seqlen_k: length of the longest sequence, or more; plain ints, so that nothing waits for the
+            device. Smaller than a sequence is undefined on a GPU and an error on the CPU.
+        alibi_slopes: (H,) or (B, H).
+        dropout_seed: int64 of one element; None draws one from PyTorch's generator.
+
+    Returns:
+        output (T, H, Dv); with return_lse also the log-sum-exp of every row, (T, H) in fp32, -inf where a row has
+        nothing to attend to.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    check_tensor("query", query, ndim=3)
+    check_heads(query, key, value, 1, enable_gqa)
+    options = read_options(query.shape[-1], dropout_p, is_causal, scale, causal_alignment, window, softcap)
+    batch = _check_boundaries(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_extras(query, query.shape[1], batch, alibi_slopes, sinks, dropout_seed)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    extras = (alibi_slopes, sinks, dropout_seed)
+    if query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras):
+        seed = draw_seed(query.device) if dropout_p else None
+        out, _ = packed_cpu(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            options.dropout_p,
+            options.is_causal,
+            options.bottom_right,
+            options.scale,
+            seed,
+        )
+        return out
+    out, lse = varlen_reference(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras
+    )
+    return (out, lse) if return_lse else out
+
+
+def varlen_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_reference` over packed sequences, by way of padded ones; no host read of the boundaries.
+
+    Returns:
+        output (T, H, Dv) and LSE (T, H).
+    """
+    tokens_q, heads = query.shape[:2]
+    lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    padded_q = _pad(query, cu_seqlens_q, max_seqlen_q)
+    padded_k, padded_v = _pad(key, cu_seqlens_k, max_seqlen_k), _pad(value, cu_seqlens_k, max_seqlen_k)
+    out, lse = attention_reference(
+        padded_q, padded_k, padded_v, options, None, alibi_slopes, sinks, dropout_seed, lengths_q, lengths_k
+    )
+    token = torch.arange(tokens_q, device=query.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
+    inside = (sequence < lengths_q.numel()).view(-1, 1)
+    sequence = sequence.clamp(max=max(0, lengths_q.numel() - 1))
+    if not lengths_q.numel() or not max_seqlen_q:
+        return query.new_zeros(tokens_q, heads, value.shape[2]), lse.new_full((tokens_q, heads), -torch.inf)
+    place = (token - cu_seqlens_q[sequence]).clamp(max=max_seqlen_q - 1)
+    flat_out = torch.where(inside.unsqueeze(-1), out[sequence, :, place], 0.0)
+    return flat_out, torch.where(inside, lse[sequence, :, place], -torch.inf)
+
+
+def _pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """(T, H, D) -> (B, H, longest, D), zeros behind each sequence."""
+    start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    index = start + torch.arange(longest, device=x.device)
+    inside = index < end
+    index = torch.where(inside, index, 0)
+    if not x.shape[0]:
+        return x.new_zeros(index.shape[0], x.shape[1], longest, x.shape[2])
+    return torch.where(inside[..., None, None], x[index], 0.0).transpose(1, 2)
+
+
+def _is_plain(options: Options) -> bool:
+    return not options.softcap and (not options.banded or (options.left < 0 and options.right < 0))
+
+
+def _check_boundaries(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> int:
+    """Check shapes, and values where reading them does not wait for a device; returns the number of sequences."""
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, cu, ndim=1, dtypes=(torch.int32,), device=query.device)
+        if cu.shape[0] < 1:
+            raise ValueError(f"{name} must hold B + 1 boundaries, got none")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must bound as many sequences as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
+            f"got {cu_seqlens_k.shape[0] - 1}"
+        )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, Tensor) or longest < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {longest!r}")
+    if query.device.type == "cpu" and type(cu_seqlens_q) is Tensor and not torch.compiler.is_compiling():
+        for which, cu, longest, tokens in (
+            ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
+            ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
+        ):
+            bounds = cu.tolist()
+            lengths = [b - a for a, b in itertools.pairwise(bounds)]
+            if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
+                raise ValueError(
+                    f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
+                )
+            if max(lengths, default=0) > longest:
+                raise ValueError(
+                    f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}"
+                )
+    return cu_seqlens_q.shape[0] - 1
