@@ -1,0 +1,32 @@
+// Text to ids. One Encoder serves one thread at a time; it owns the cache of pretokens.
+#pragma once
+#include "bpe/buffer.h"
+#include "bpe/cache.h"
+#include "bpe/scanner.h"
+#include "bpe/vocab.h"
+
+namespace fastformer::bpe {
+
+class Encoder {
+  public:
+    explicit Encoder(const Vocab& vocab, Isa isa) : vocab_(vocab), isa_(isa) {}
+
+    // Appends the ids of text[0, n), which is valid UTF-8 of less than 4 GB.
+    void encode(Pattern pattern, const uint8_t* text, size_t n, IdBuffer& out) {
+        encode_prefix(pattern, text, n, n, out);
+    }
+    // Appends the ids of the pretokens of text[0, n) that begin before `stop`, which is a pretoken boundary.
+    void encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size_t stop, IdBuffer& out);
+    // Appends the ids of the pretokens of text that end at `ends[0, count)`.
+    void encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start, IdBuffer& out);
+    // Appends the ids of one pretoken of any bytes; returns how many.
+    size_t encode_piece(const uint8_t* p, size_t n, IdBuffer& out);
+
+  private:
+    const Vocab& vocab_;
+    Isa isa_;
+    Cache cache_;
+    std::vector<uint32_t> ends_, parts_;
+};
+
+}  // namespace fastformer::bpe

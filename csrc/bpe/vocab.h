@@ -1,0 +1,122 @@
+// A byte-level BPE vocabulary, prepared for encoding.
+//
+// Tokens carry two numbers. The external id is what the user sees. The internal number orders tokens by merge rank
+// (the 256 bytes first), so that a pair table from two numbers to one is all that merging needs: the merged token is
+// its own rank. One pair a token suffices: a merge that makes token t within a text happens undisturbed by t's
+// neighbours, hence as it does when the bytes of t stand alone, and there the last two parts are always the same.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace fastformer::bpe {
+
+inline constexpr uint32_t kNone = 0xFFFFFFFF;
+inline constexpr uint32_t kMaxTokens = 1u << 21;    // internal numbers fit 21 bits, three of them one word
+inline constexpr uint32_t kMaxId = (1u << 28) - 1;  // external ids leave four bits free in a cache entry
+
+struct Span {
+    const uint8_t* data;
+    size_t size;
+};
+
+class PairTable {
+  public:
+    void reserve(size_t count);
+    void insert(uint32_t left, uint32_t right, uint32_t merged);
+    uint32_t find(uint32_t left, uint32_t right) const {
+        uint64_t key = static_cast<uint64_t>(left) << 21 | right;
+        for (size_t i = slot(key);; i = (i + 1) & mask_) {
+            uint64_t entry = slots_[i];
+            if (entry >> 21 == key) return static_cast<uint32_t>(entry & (kMaxTokens - 1));
+            if (entry == kEmpty) return kNone;
+        }
+    }
+
+  private:
+    static constexpr uint64_t kEmpty = ~uint64_t{0};
+    size_t slot(uint64_t key) const { return (key * 0x9E3779B97F4A7C15u) >> shift_; }
+    std::vector<uint64_t> slots_;
+    size_t mask_ = 0;
+    int shift_ = 63;
+};
+
+class Vocab {
+  public:
+    // One merge of a Hugging Face model: indices into the token list; its position in the list is its rank.
+    struct Merge {
+        uint32_t left, right, merged;
+    };
+    // `ids[i]` is the external id of `tokens[i]`. Without merges (tiktoken) the id is the rank and any two tokens
+    // whose concatenation is a token merge. `whole_piece`: a pretoken that is a token is that token, merges or not.
+    // Throws std::invalid_argument with a sentence about what is wrong.
+    void build(const std::vector<Span>& tokens, const std::vector<uint32_t>& ids, const std::vector<Merge>* merges,
+               bool whole_piece);
+
+    // An id that decodes to `bytes` and that no text encodes to. An ordinary token of that id stays what it is.
+    void add_special(uint32_t id, Span bytes);
+
+    // The bytes of an external id; size 0: no such id.
+    Span bytes_of(uint32_t id) const {
+        if (id >= by_id_.size()) return {nullptr, 0};
+        return {blob_.data() + by_id_[id].offset, by_id_[id].length};
+    }
+    size_t id_limit() const { return by_id_.size(); }
+    uint32_t external(uint32_t token) const { return external_[token]; }
+    const uint32_t* external() const { return external_.data(); }
+    uint32_t byte_token(uint8_t byte) const { return byte; }
+    const PairTable& pairs() const { return pairs_; }
+    size_t size() const { return external_.size(); }
+    size_t longest() const { return longest_; }
+    // Every token's rank is above its parts': what longest-match encoding needs.
+    bool monotone() const { return monotone_; }
+    bool reachable(uint32_t token) const { return token < 256 || left_[token] != kNone; }
+    uint32_t left(uint32_t token) const { return left_[token]; }
+    uint32_t right(uint32_t token) const { return right_[token]; }
+
+    // Internal number of the token with these bytes, or kNone.
+    uint32_t find(const uint8_t* p, size_t n) const;
+    // Internal number of the token that a pretoken of these bytes is as a whole, or kNone.
+    uint32_t find_piece(const uint8_t* p, size_t n) const {
+        uint32_t token = n <= longest_ ? find(p, n) : kNone;
+        return token != kNone && (whole_piece_ || reachable(token)) ? token : kNone;
+    }
+    Span bytes_of_token(uint32_t token) const { return bytes_of(external_[token]); }
+
+  private:
+    struct Place {
+        uint32_t offset, length;
+    };
+    void number_tokens(const std::vector<Span>& tokens, const std::vector<uint32_t>& order);
+    void index_bytes();
+
+    std::vector<uint8_t> blob_;
+    std::vector<Place> by_id_;
+    std::vector<uint32_t> external_, left_, right_;
+    std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
+    PairTable pairs_;
+    size_t longest_ = 0;
+    bool whole_piece_ = false, monotone_ = false;
+};
+
+inline uint64_t hash_bytes(const uint8_t* p, size_t n) {
+    uint64_t h = n * 0x9E3779B97F4A7C15u;
+    auto mix = [&](uint64_t word) {
+        h = (h ^ word) * 0xD6E8FEB86659FD93u;
+        h ^= h >> 32;
+    };
+    uint64_t word;
+    for (; n >= 8; p += 8, n -= 8) {
+        std::memcpy(&word, p, 8);
+        mix(word);
+    }
+    if (n) {
+        word = 0;
+        std::memcpy(&word, p, n);
+        mix(word);
+    }
+    return h * 0x9E3779B97F4A7C15u;
+}
+
+}  // namespace fastformer::bpe

@@ -1,0 +1,301 @@
+"""BPETokenizer: the public face of the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastformer.tokenizer import files, huggingface
+from fastformer.tokenizer import padding as _padding
+from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.patterns import Pattern
+
+Special = Literal["all"] | Collection[str]
+
+
+class BPETokenizer:
+    """A byte-level BPE tokenizer whose ids are those of tiktoken and Hugging Face tokenizers on every string.
+
+    Text that looks like a special token is ordinary text unless `allowed_special` names it. Lone surrogates in a str
+    become U+FFFD, surrogate pairs the character they mean. Bytes that are no UTF-8 are encoded as tiktoken's
+    `Encoding._encode_bytes` does: everything from the last pretoken before the fault on is one pretoken.
+
+    Objects are immutable, pickle, copy, and may be used from any number of threads and across fork.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._engine = model.engine()
+        self._number = model.pattern.number
+        self._specials = dict(model.special_tokens)
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, pattern: str | None = None, special_tokens: dict[str, int] | None = None
+    ) -> BPETokenizer:
+        """Load a vocabulary.
+
+        Args:
+            path: a `.tiktoken` file, a `tokenizer.json`, or a folder that holds tokenizer.json, vocab.json and
+                merges.txt, or encoder.json and vocab.bpe.
+            pattern: "gpt2", "cl100k", "o200k", "llama3", "qwen2", "deepseek", "whole", or a regular expression. By
+                default what tokenizer.json says, "gpt2" for the other formats.
+            special_tokens: strings and their ids, on top of those that the file names.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: the file is malformed, or asks for what the engine cannot do exactly.
+        """
+        return cls(files.load(Path(path), pattern, special_tokens))
+
+    @classmethod
+    def train(
+        cls,
+        source: str | Path | Sequence[str | Path] | Iterable[str],
+        vocab_size: int,
+        pattern: str = "gpt2",
+        special_tokens: Sequence[str] = (),
+        min_frequency: int = 0,
+        max_token_length: int | None = None,
+        progress: bool | Callable[[int], object] = False,
+    ) -> BPETokenizer:
+        """Learn a vocabulary; the merges are those of Hugging Face's BpeTrainer over the whole ByteLevel alphabet.
+
+        See fastformer.tokenizer.training.train for the arguments.
+        """
+        from fastformer.tokenizer import training
+
+        return cls(
+            training.train(source, vocab_size, pattern, special_tokens, min_frequency, max_token_length, progress)
+        )
+
+    # Encoding
+
+    def encode(
+        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
+    ) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            text: str, or UTF-8 in anything with the buffer protocol.
+            allowed_special: special tokens to recognise; "all" for every one.
+            disallowed_special: special tokens whose text raises ValueError; "all" for every one not allowed.
+        """
+        if allowed_special or disallowed_special:
+            return self._encode_special(text, allowed_special, disallowed_special).tolist()
+        if self._number is None:
+            return self._encode_regex(text).tolist()
+        return self._engine.encode(text, self._number)
+
+    def encode_array(
+        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
+    ) -> np.ndarray:
+        """The ids of `text` as a uint32 array [tokens]; arguments as for `encode`."""
+        if allowed_special or disallowed_special:
+            return self._encode_special(text, allowed_special, disallowed_special)
+        if self._number is None:
+            return self._encode_regex(text)
+        return np.frombuffer(self._engine.encode_array(text, self._number), dtype=np.uint32)
+
+    def encode_packed(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1]."""
+        if isinstance(texts, str | bytes):
+            raise TypeError(f"texts must be a sequence of texts, got one {type(texts).__name__}")
+        if self._number is None:
+            parts = [self._encode_regex(text) for text in texts]
+            lengths = np.fromiter((len(part) for part in parts), np.int32, len(parts))
+            ids = np.concatenate([*parts, np.empty(0, np.uint32)])
+            return ids, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+        packed, offsets = self._engine.encode_batch(texts, self._number)
+        return np.frombuffer(packed, dtype=np.uint32), np.frombuffer(offsets, dtype=np.int32)
+
+    def encode_batch(
+        self, texts: Sequence[str | bytes], *, allowed_special: Special = (), disallowed_special: Special = ()
+    ) -> list[list[int]]:
+        """The ids of each text; arguments as for `encode`."""
+        return [
+            self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special) for text in texts
+        ]
+
+    def count(self, text: str | bytes) -> int:
+        """The number of ids of `text`."""
+        return len(self._encode_regex(text)) if self._number is None else self._engine.count(text, self._number)
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        pad_token: str | None = None,
+        allowed_special: Special = (),
+    ) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` as transformers' tokenizers return them.
+
+        Args:
+            texts: one text, or a sequence of them.
+            padding: False; True or "longest": to the longest text; "max_length": to `max_length`.
+            truncation: cut every text at `max_length` ids.
+            max_length: in ids.
+            return_tensors: None for lists, "np" or "pt" for int64 arrays [texts, length].
+            pad_token: the special token to pad with. By default the one that is called <pad>, [PAD], <|pad|> or
+                <|padding|>; if there is none, padding raises ValueError.
+            allowed_special: as for `encode`.
+        """
+        return _padding.call(self, texts, padding, truncation, max_length, return_tensors, pad_token, allowed_special)
+
+    # Decoding
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """The bytes of `ids`. Raises KeyError naming an id that is no token."""
+        return self._engine.decode(_id_buffer(ids))
+
+    def decode(self, ids: Iterable[int] | np.ndarray, errors: str = "replace") -> str:
+        """The text of `ids`; `errors` says what to do with bytes that are no UTF-8, as for bytes.decode."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
+    def decode_batch(self, batch: Iterable[Iterable[int] | np.ndarray], errors: str = "replace") -> list[str]:
+        return [self.decode(ids, errors) for ids in batch]
+
+    # The vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id: the number of rows that an embedding needs."""
+        return 1 + max([*self._model.vocab.values(), *self._specials.values()])
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._specials)
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._model.pattern
+
+    def token_to_id(self, token: str | bytes) -> int:
+        """The id of a special token's string or of a token's bytes. Raises KeyError for what is no token."""
+        if isinstance(token, str) and token in self._specials:
+            return self._specials[token]
+        data = token.encode("utf-8") if isinstance(token, str) else token
+        number = self._engine.token_id(data)
+        if number is None:
+            raise KeyError(token)
+        return number
+
+    def id_to_token(self, token_id: int) -> bytes:
+        """The bytes of an id. Raises KeyError for what is no token."""
+        return self._engine.decode([token_id])
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`: a `.tiktoken` file, or a tokenizer.json for `.json` and for a folder (anything else).
+
+        Raises:
+            ValueError: the format cannot say what this tokenizer does. A .tiktoken file holds neither merges nor
+                special tokens, so the merges must follow from the ids, and special tokens are left out.
+        """
+        path = Path(path)
+        if path.suffix == ".tiktoken":
+            model = Model(self._model.vocab, None, True, self._model.pattern, {})
+            if self._model.merges is not None and not self._same_merges(model):
+                raise ValueError(
+                    f"{path}: the merges of this vocabulary do not follow from its ids; save a tokenizer.json"
+                )
+            files.write_atomic(path, files.tiktoken_bytes(self._model.vocab))
+            return
+        if path.suffix != ".json":
+            path = path / "tokenizer.json"
+        files.write_atomic(path, huggingface.dump(self._model, self._merges()))
+
+    def _merges(self) -> list[tuple[bytes, bytes]]:
+        if self._model.merges is not None:
+            return self._model.merges
+        token_of = {number: token for token, number in self._model.vocab.items()}
+        rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3).tolist()
+        return [(token_of[left], token_of[right]) for left, right, _ in rows]
+
+    def _same_merges(self, other: Model) -> bool:
+        rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3)
+        if not np.array_equal(rows, np.frombuffer(other.engine().merges(), dtype=np.uint32).reshape(-1, 3)):
+            return False
+        return self._model.whole_piece or len(rows) + 256 == len(self._model.vocab)
+
+    # Details
+
+    def _encode_regex(self, text: str | bytes) -> np.ndarray:
+        if not isinstance(text, str):
+            text = bytes(text).decode("utf-8")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return np.frombuffer(self._engine.encode_pieces(text, self._model.pattern.boundaries(text)), dtype=np.uint32)
+
+    def _special_set(self, which: Special, name: str) -> frozenset[str]:
+        if isinstance(which, str):
+            if which != "all":
+                raise ValueError(f'{name} must be "all" or a collection of special tokens, got {which!r}')
+            return frozenset(self._specials)
+        return frozenset(which)
+
+    def _encode_special(self, text: str | bytes, allowed_special: Special, disallowed_special: Special) -> np.ndarray:
+        if not isinstance(text, str):
+            text = bytes(text).decode("utf-8")
+        allowed = self._special_set(allowed_special, "allowed_special")
+        disallowed = self._special_set(disallowed_special, "disallowed_special")
+        if disallowed_special == "all":
+            disallowed -= allowed
+        if disallowed and (match := _matcher(disallowed).search(text)):
+            raise ValueError(
+                f"the text holds the special token {match.group()!r} at {match.start()}; name it in allowed_special to "
+                "encode it as one, or leave it out of disallowed_special to encode it as text"
+            )
+        parts, start = [], 0
+        known = allowed & self._specials.keys()
+        for match in _matcher(known).finditer(text) if known else ():
+            parts.append(self.encode_array(text[start : match.start()]))
+            parts.append(np.asarray([self._specials[match.group()]], dtype=np.uint32))
+            start = match.end()
+        parts.append(self.encode_array(text[start:]))
+        return np.concatenate(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model,)
+
+    def __copy__(self) -> BPETokenizer:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BPETokenizer:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<BPETokenizer of {self.vocab_size} ids, pattern {self._model.pattern.name!r}>"
+
+
+def _matcher(tokens: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _id_buffer(ids: Iterable[int] | np.ndarray) -> Any:
+    """What the engine decodes: a list, or a contiguous uint32 array."""
+    if isinstance(ids, list | tuple):
+        return ids
+    if hasattr(ids, "__array__"):
+        array = np.asarray(ids)
+        if array.ndim != 1:
+            raise ValueError(f"ids must have one dimension, got the shape {array.shape}")
+        if array.size == 0:
+            return []
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"ids must be integers, got {array.dtype}")
+        if array.dtype != np.uint32:
+            if int(array.min()) < 0 or int(array.max()) > 0xFFFFFFFF:
+                return array.tolist()
+            array = array.astype(np.uint32)
+        return np.ascontiguousarray(array)
+    return list(ids)
