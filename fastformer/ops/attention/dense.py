@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import Options, check_extras, check_heads, check_mask, read_options
 from fastformer.ops.attention.reference import attention_reference
+from fastformer.ops.backend import backend_for
+from fastformer.ops.random import draw_seed
 from fastformer.ops.validate import check_tensor
 
 
@@ -90,6 +93,17 @@ def scaled_dot_product_attention(
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if backend_for(query.device) == "triton":
+        grad = torch.is_grad_enabled()
+        reason = kernel.why_not(query, value, attn_mask, alibi_slopes, grad)
+        if reason is None:
+            if dropout_seed is None and options.dropout_p:
+                dropout_seed = draw_seed(query.device)
+            out, lse = kernel.run(
+                query, key, value, None, None, 0, 0, options, attn_mask, alibi_slopes, sinks, dropout_seed
+            )
+            return (out, lse) if return_lse else out
+        kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
     if not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask):
         return _stock(query, key, value, options, attn_mask)

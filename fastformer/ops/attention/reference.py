@@ -33,8 +33,8 @@ def attention_reference(
         query: (B, H, Sq, D); key: (B, Hk, Sk, D), Hk divides H; value: (B, Hk, Sk, Dv).
         attn_mask: bool (True: attend) or float (added), broadcasts to (B, H, Sq, Sk).
         alibi_slopes: (H,) or (B, H); sinks: (H,).
-        dropout_seed: int64, one element: the mask is `philox_keep` of (seed, key, query, batch * H + head). None draws
-            it from PyTorch's generator.
+        dropout_seed: int64, one element: the mask is `philox_keep(seed, key, query, batch * H + head, draws=4)`. None
+            draws it from PyTorch's generator.
         query_lengths, key_lengths: (B,) integers, for sequences that fill their row only in part.
 
     Returns:
@@ -127,7 +127,6 @@ def _drop(weights: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return torch.nn.functional.dropout(weights, p)
     device = weights.device
     plane = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    keep = philox_keep(
-        seed.reshape(()), torch.arange(k_len, device=device), torch.arange(q_len, device=device).view(-1, 1), plane, p
-    )
+    row, column = torch.arange(q_len, device=device).view(-1, 1), torch.arange(k_len, device=device)
+    keep = philox_keep(seed.reshape(()), column, row, plane, p, draws=4)
     return torch.where(keep, weights * keep_scale(p), 0.0)

@@ -7,9 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import Options, check_extras, check_heads, read_options
 from fastformer.ops.attention.packed_cpu import packed_cpu
 from fastformer.ops.attention.reference import attention_reference
+from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
 from fastformer.ops.validate import check_tensor
 
@@ -66,6 +68,27 @@ def attention_varlen(
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if backend_for(query.device) == "triton":
+        reason = kernel.why_not(query, value, None, alibi_slopes, torch.is_grad_enabled())
+        if reason is None:
+            if dropout_seed is None and options.dropout_p:
+                dropout_seed = draw_seed(query.device)
+            out, lse = kernel.run(
+                query,
+                key,
+                value,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max_seqlen_q,
+                max_seqlen_k,
+                options,
+                None,
+                alibi_slopes,
+                sinks,
+                dropout_seed,
+            )
+            return (out, lse) if return_lse else out
+        kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
     if query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras):
         seed = draw_seed(query.device) if dropout_p else None

@@ -1,0 +1,217 @@
+"""Forward pass of attention: one program a tile of queries, keys in tiles, softmax on line (Milakov, Gimelshein 2018;
+Dao et al. 2022).
+
+- Tiles that every row of the program sees whole are walked without any check; those at the edges of the causal or
+  window band, at the end of the sequence, or under a mask, with all of them.
+- A value that no row of a tile may see takes no part in the product, and NaN or Inf in one that only some may see
+  turns the scores of those rows to NaN: select, never multiply by zero.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels import targets
+from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.config import forward_config
+from fastformer.kernels.attention.score import (
+    LN2,
+    LOG2E,
+    blank,
+    kept_tile,
+    key_range,
+    score_tile,
+    sequence,
+    slope_of,
+)
+
+
+@triton.jit
+def _walk(
+    acc, peak, total, q, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st, mask_q, mask_k,
+    slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys begin … end in steps of BLOCK_N."""
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    n = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        column = start + n
+        k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
+        v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
+        if CHECK:
+            inside = column < k_len
+            k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
+            v = tl.load(v_place, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_V]
+        else:
+            if BLOCK_D == HEAD_DIM:
+                k = tl.load(k_place)
+            else:
+                k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
+            if BLOCK_V == VALUE_DIM:
+                v = tl.load(v_place)
+            else:
+                v = tl.load(v_place, mask=(dv < VALUE_DIM)[None, :], other=0.0)
+        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if CHECK:
+            finite = tl.abs(v) < float("inf")
+            v = tl.where(finite, v, 0.0)
+            qk = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), qk)
+        scores, seen, _ = score_tile(
+            qk, row[:, None], column[None, :], offset, q_len, k_len, MASK, mask_q, mask_k, slope, scale_in, scale_out,
+            left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, CHECK,
+        )  # fmt: skip
+        if CHECK:
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        base = new_peak
+        if CHECK:
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(peak - base)
+        total = total * fade + tl.sum(weights, 1)
+        if DROPOUT:
+            kept = kept_tile(seed, threshold, plane, row_start, start, BLOCK_M, BLOCK_N)
+            weights = tl.where(kept, weights * keep_scale, 0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+def _forward(
+    Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
+    mask_b, mask_h, mask_q, mask_k, slope_b, tiles, heads, q_len, k_len, tokens, batches, scale_in, scale_out,
+    left, right, threshold, keep_scale,
+    GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M query rows of one head."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    head = (program // tiles) % heads
+    batch = program // tiles // heads
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest rows first
+    q_start, q_len = sequence(batch, CU_Q, q_len, tokens, batches)
+    k_start, k_len = sequence(batch, CU_K, k_len, 0, batches)
+    far = batch.to(tl.int64)
+    wide_head = head.to(tl.int64)
+    if CU_Q is not None:
+        far = far * 0
+        if batch == batches:
+            blank(OUT + wide_head * o_sh, o_st, q_start, tile, tiles, q_len, VALUE_DIM, BLOCK_M, BLOCK_V)
+            for first in range(tile * BLOCK_M, q_len, tiles * BLOCK_M):
+                past = first + tl.arange(0, BLOCK_M)
+                nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                tl.store(LSE + wide_head * l_sh + q_start + past, nothing, mask=past < q_len)
+            return
+    row_start = tile * BLOCK_M
+    if row_start >= q_len:
+        return
+    kv_head = wide_head // GROUP
+    row = row_start + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    wide = (q_start + row_start) + tl.arange(0, BLOCK_M).to(tl.int64)
+    q = tl.load(
+        Q + far * q_sb + wide_head * q_sh + wide[:, None] * q_st + d[None, :],
+        mask=(row < q_len)[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+    K += far * k_sb + kv_head * k_sh + k_start * k_st
+    V += far * v_sb + kv_head * v_sh + k_start * v_st
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = k_len - q_len
+    if MASK is not None:
+        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+    slope = slope_of(SLOPES, batch, head, slope_b)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+    plane = batch * heads + head
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS is not None:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    ALIBI: tl.constexpr = SLOPES is not None
+    last = tl.minimum(row_start + BLOCK_M, q_len) - 1
+    begin, full_begin, full_end, end = key_range(row_start, last, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
+    begin = begin // BLOCK_N * BLOCK_N
+    if MASK is None:
+        # Whole tiles that every row sees lie between full_begin and full_end.
+        full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK_N) * BLOCK_N, end)
+        full_end = tl.maximum(full_end // BLOCK_N * BLOCK_N, full_begin)
+        if LEFT:
+            acc, peak, total = _walk(
+                acc, peak, total, q, K, V, MASK, begin, full_begin, row, row_start, offset, q_len, k_len, k_st, v_st,
+                mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
+                CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+            )  # fmt: skip
+        acc, peak, total = _walk(
+            acc, peak, total, q, K, V, MASK, full_begin, full_end, row, row_start, offset, q_len, k_len, k_st, v_st,
+            mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
+            CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, False, HEAD_DIM, VALUE_DIM,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+        begin = full_end
+    acc, peak, total = _walk(
+        acc, peak, total, q, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st,
+        mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
+        CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+    )  # fmt: skip
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    lse = tl.where(empty, float("-inf"), peak * LN2 + tl.log(total))
+    tl.store(LSE + far * l_sb + wide_head * l_sh + wide, lse, mask=row < q_len)
+    tl.store(
+        OUT + far * o_sb + wide_head * o_sh + wide[:, None] * o_st + dv[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=(row < q_len)[:, None] & (dv < VALUE_DIM)[None, :],
+    )
+
+
+def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call.
+
+    Returns:
+        dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
+    """
+    query, value = call.query, call.value
+    tokens = query.shape[0] if call.packed else 0
+    out = call.empty_like(query, call.value_dim)
+    rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
+    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    config = forward_config(targets.target_of(query.device), call)
+    tiles = max(1, triton.cdiv(call.q_len, config.block_m))
+    o_sb, o_sh, o_st = call.strides(out)
+    l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
+    _forward[(tiles * call.heads * (call.batch + call.packed),)](
+        query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k,
+        *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
+        *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
+        *call.scales, call.left, call.right, call.threshold, call.keep_scale,
+        **call.constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out, lse
