@@ -1,0 +1,156 @@
+"""The command line: fastformer demo | info | tokenizer, and --version.
+
+Exit codes: 0 done; 1 failed; 2 the user's to fix, said in one sentence on stderr; 130 interrupted with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastformer.demo.errors import UserError
+from fastformer.version import __version__
+
+INTERRUPTED = 130
+PER_PACKAGE = 500  # passages of each package in the default data
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one sentence for an error instead of the usage and a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, sys.argv's by default. Returns the exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        return args.func(args)
+    except UserError as error:
+        print(f"fastformer: {error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastformer: interrupted; no unfinished file was left behind.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fastformer", description="Faster fine-tuning of Transformers, with the same numbers.")
+    parser.add_argument("--version", action="version", version=f"fastformer {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    info = commands.add_parser("info", help="which backend runs on each device of this machine, and why")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(func=_info)
+    if importlib.util.find_spec("fastformer.tokenizer.cli"):
+        from fastformer.tokenizer.cli import add_parser
+
+        add_parser(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a classifier stock and patched, side by side, and compare",
+        description="Fine-tunes a text classifier three times from the same start: stock with padding to max_length, "
+        "stock with dynamic padding, and patched. Without arguments it needs no download: the task is which package "
+        "of Python's standard library a passage of source text comes from.",
+    )
+    data = demo.add_argument_group("your own data and checkpoint")
+    data.add_argument("--data", type=Path, metavar="FILE", help="a .csv file with a header, or a .jsonl file; UTF-8")
+    data.add_argument("--text-column", default="text", metavar="NAME", help="where the text is (default: text)")
+    data.add_argument("--label-column", default="label", metavar="NAME", help="where the label is (default: label)")
+    data.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="a Hugging Face checkpoint (default: a small BERT with random weights)"
+    )
+    data.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.json, .tiktoken or a vocabulary folder instead of learning one; with --model a Hugging Face "
+        "tokenizer instead of the checkpoint's",
+    )
+    training = demo.add_argument_group("training")
+    training.add_argument(
+        "--max-length", type=_whole(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
+    )
+    training.add_argument("--epochs", type=_whole(1, 10**6), default=2, metavar="N", help="(default: 2)")
+    training.add_argument("--batch-size", type=_whole(1, 10**6), default=16, metavar="N", help="(default: 16)")
+    training.add_argument("--steps", type=_whole(1, 10**9), metavar="N", help="stop each run after N batches")
+    training.add_argument(
+        "--learning-rate", type=_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
+    )
+    training.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    result = demo.add_argument_group("result")
+    result.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(default: demo-output/)"
+    )
+    result.add_argument("--no-plot", action="store_true", help="do not draw the picture")
+    demo.set_defaults(func=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    needed = {"transformers": "transformers", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+    if not args.no_plot:
+        needed["matplotlib"] = "matplotlib"
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f'the demo needs {", ".join(missing)}: pip install "fastformer[demo]"')
+    # Everything that can be wrong with the input is found before torch is imported.
+    from fastformer.demo.data import read_corpus, stdlib_corpus
+    from fastformer.demo.report import output_folder
+
+    if args.data is None:
+        corpus = stdlib_corpus(PER_PACKAGE, args.seed)
+    else:
+        corpus = read_corpus(args.data, args.text_column, args.label_column)
+    with output_folder(args.output) as output:
+        print("fastformer demo: importing PyTorch and transformers", file=sys.stderr, flush=True)
+        from fastformer.demo.app import fine_tune_and_compare
+
+        fine_tune_and_compare(corpus, args, output)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from fastformer.info import info
+
+    found = info()
+    if args.json:
+        import json
+
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        print(found)
+    return 0
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """A converter of arguments to whole numbers from low to high."""
+
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"needs a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number above 0 and at most 1, got {text!r}")
+    return rate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
