@@ -2,8 +2,9 @@
 
     z = residual + row_scale * dropout(input)        y = (z - mean) * rstd * (weight + offset) + bias
 
-- Rows up to `TILE_COLUMNS` stay in registers: every input is read once, in backward too, where a fixed number of
-  programs walks over the rows and keeps the weight and bias gradients of its rows in registers.
+- Rows up to `FORWARD_TILE_COLUMNS` and `BACKWARD_TILE_COLUMNS` stay in registers: every input is read once, in
+  backward too, where a fixed number of programs walks over the rows and keeps the weight and bias gradients of its
+  rows in registers.
 - Wider rows are walked in column blocks: statistics by merging (count, mean, M2) of blocks (Chan, Golub, LeVeque
   1979), the second walk finds the row in the L2 cache; weight and bias gradients come from a pass of their own.
 - Everything is fp32 between load and store.
@@ -15,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import TL_DTYPES, as_rows, row_count, sum_partials, target, walkers, warps_for
+from fastformer.kernels.rows import TL_DTYPES, as_rows, row_count, shape_of_program, sum_partials, target, walkers
 
-# Widest row kept in registers: 512 threads hold 32 elements of it each in forward, 16 in backward.
+# Widest row kept in registers: 512 threads hold 32 elements of it each in forward, 16 in backward, where dropout's
+# generator takes the registers of half of them.
 FORWARD_TILE_COLUMNS = 16384
 BACKWARD_TILE_COLUMNS = 8192
+BACKWARD_DROPOUT_COLUMNS = 4096
 LOOP_COLUMNS = 4096
 
 
@@ -184,7 +187,7 @@ def _store_partials(
 def _backward_tile(
     DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, PARTIAL, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale,
     offset, N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BLOCK_M whole rows, one in gridDim apart; dweight and dbias of all of them in one partial row."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -194,7 +197,7 @@ def _backward_tile(
     scale, _ = _affine(W, None, column, valid, offset)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
+    for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), programs, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < rows)[:, None] & valid[None, :]
         z_hat, dy, rstd = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
@@ -311,10 +314,11 @@ def norm_forward(
         options = (n, rms, seed is not None, TL_DTYPES[sum_dtype])
         if block_n <= FORWARD_TILE_COLUMNS:
             block_m = max(1, 1024 // block_n)
-            warps = warps_for(aim, block_m * block_n, 8 if block_n <= 1024 else 16)
-            _forward_tile[(triton.cdiv(rows, block_m),)](*args, *options, block_m, block_n, num_warps=warps)
+            each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
+            shape = shape_of_program(aim, block_m * block_n, each, registers)
+            _forward_tile[(triton.cdiv(rows, block_m),)](*args, *options, block_m, block_n, **shape)
         else:
-            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, num_warps=warps_for(aim, LOOP_COLUMNS))
+            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, **shape_of_program(aim, LOOP_COLUMNS, 16, 64))
     return y, z, stats
 
 
@@ -356,8 +360,8 @@ def norm_backward(
     z, z_stride = as_rows(z)
     dz, dz_stride = (None, 0) if dz is None else as_rows(dz)
     block_n = max(triton.next_power_of_2(n), 16)
-    wide = block_n > BACKWARD_TILE_COLUMNS
-    block_m = max(1, 4096 // block_n) if not wide else 16
+    wide = block_n > (BACKWARD_TILE_COLUMNS if seed is None else BACKWARD_DROPOUT_COLUMNS)
+    block_m = max(1, 2048 // block_n) if not wide else 16
     programs = walkers(aim, triton.cdiv(rows, block_m))
     partial = torch.empty((len(dtypes), programs, n), dtype=torch.float32, device=z.device) if dtypes else None
     gains = (weight_dtype is not None, bias_dtype is not None)
@@ -365,16 +369,29 @@ def norm_backward(
         _backward_tile[(programs,)](
             dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial, rows, dy_stride, dz_stride, z_stride,
             threshold, keep_scale, offset, n, rms, seed is not None, *gains, block_m, block_n,
-            num_warps=warps_for(aim, block_m * block_n),
+            2 if block_n <= 4096 else 1,
+            **shape_of_program(aim, block_m * block_n, 8, 128),
         )  # fmt: skip
     else:
         _backward_loop[(rows,)](
             dy, dz, z, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
             threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS,
-            num_warps=warps_for(aim, LOOP_COLUMNS),
+            **shape_of_program(aim, LOOP_COLUMNS, 16, 128),
         )  # fmt: skip
         if partial is not None:
             _backward_columns[(triton.cdiv(n, 128), programs)](
-                dy, z, stats, partial, rows, dy_stride, z_stride, n, rms, *gains, block_m, 128, num_warps=4
+                dy,
+                z,
+                stats,
+                partial,
+                rows,
+                dy_stride,
+                z_stride,
+                n,
+                rms,
+                *gains,
+                block_m,
+                128,
+                **shape_of_program(aim, 2048, 16, 128),
             )
     return gradients + (sum_partials(partial, dtypes) if partial is not None else [])

@@ -37,10 +37,18 @@ def walkers(target: Target, tiles: int) -> int:
     return min(tiles, 2 * target.multiprocessors)
 
 
-def warps_for(target: Target, elements: int, each: int = 16) -> int:
-    """Warps of a program that holds `elements` per tensor, about `each` of them a thread."""
-    wanted = elements // (each * target.warp_size)
-    return max(1, min(triton.next_power_of_2(max(wanted, 1)), 512 // target.warp_size))
+def shape_of_program(target: Target, elements: int, each: int, registers: int) -> dict[str, int]:
+    """Launch options of a program that holds `elements` of every tensor, about `each` of them a thread.
+
+    Args:
+        registers: most a thread may use. Left alone, ptxas now and then aims at an occupancy of its own and spills a
+            register or two to reach it.
+    """
+    wanted = triton.next_power_of_2(max(elements // (each * target.warp_size), 1))
+    options = {"num_warps": min(wanted, 512 // target.warp_size)}
+    if target.backend == "cuda":
+        options["maxnreg"] = registers
+    return options
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -73,7 +81,7 @@ def sum_partials(partial: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     _, count, n = partial.shape
     sums = [torch.empty(n, dtype=dtype, device=partial.device) for dtype in dtypes]
     _sum_partials[(triton.cdiv(n, 32), len(sums))](
-        partial, sums[0], sums[-1], count, n, BLOCK_P=64, BLOCK_N=32, num_warps=4
+        partial, sums[0], sums[-1], count, n, 64, 32, **shape_of_program(target(partial), 2048, 16, 128)
     )
     return sums
 

@@ -247,13 +247,12 @@ def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     """LayerNorm or RMSNorm by PyTorch, in fp32 where it takes no mixture of dtypes; in fp64 the tests' reference."""
     shape, dtype = total.shape[-1:], total.dtype
     mixed = any(w is not None and w.dtype != dtype for w in (weight, bias))
-    if mixed and not torch.is_autocast_enabled(total.device.type):
+    mixed &= not torch.is_autocast_enabled(total.device.type)
+    if mixed:
         total = total.float()
         weight, bias = (None if w is None else w.float() for w in (weight, bias))
-    else:
-        dtype = None
     out = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return out if dtype is None else out.to(dtype)
+    return out.to(dtype) if mixed else out
 
 
 def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
