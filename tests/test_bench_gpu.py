@@ -1,0 +1,159 @@
+"""The driver of `make gpu`: wrong results are refused, cut-off stages go on, other machines' rows are dropped."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+import fastformer as ff
+
+
+@pytest.fixture(autouse=True)
+def _rehearse(monkeypatch):
+    monkeypatch.setenv("FASTFORMER_REHEARSE", "1")
+
+
+@pytest.fixture
+def machine():
+    from bench.gpu.machine import this_machine
+
+    return this_machine()
+
+
+def plant(monkeypatch, name, change):
+    """Make ff.ops.<name> return something a little wrong."""
+    sound = getattr(ff.ops, name)
+    monkeypatch.setattr(ff.ops, name, lambda *args, **kwargs: change(sound(*args, **kwargs)), raising=True)
+
+
+def test_a_planted_wrong_attention_is_not_timed(monkeypatch, machine, tmp_path):
+    from bench.gpu import attention, report
+    from bench.gpu.results import Results, measure
+
+    plant(monkeypatch, "scaled_dot_product_attention", lambda out: out * 1.001)
+    plant(monkeypatch, "attention_varlen", lambda out: out * 1.001)
+    results = Results("bench-attention", tmp_path, machine)
+    measure(results, attention.cases(), 60)
+    assert results.rows
+    for row in results.rows.values():
+        assert "WRONG RESULT" in row["fault"]
+        assert "fwd" not in row
+    assert len(results.faults()) == len(results.rows)
+    assert "WRONG RESULT" in report.write(tmp_path)
+    with pytest.raises(SystemExit):
+        report.save(tmp_path)
+
+
+def test_a_planted_wrong_gradient_is_not_timed(monkeypatch, machine, tmp_path):
+    from bench.gpu import fused
+    from bench.gpu.results import Results, measure
+
+    class Skew(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 1.01
+
+    plant(monkeypatch, "add_layer_norm", lambda outs: (Skew.apply(outs[0]), outs[1]))
+    results = Results("bench-fused", tmp_path, machine)
+    measure(results, fused.cases(), 60)
+    assert all("WRONG RESULT: dx" in fault for fault in results.faults())
+    assert len(results.faults()) == len(results.rows) > 0
+
+
+def test_a_wandering_result_is_a_race(monkeypatch):
+    from bench.gpu import races
+    from bench.gpu.results import WrongResult
+
+    plant(monkeypatch, "add_layer_norm", lambda outs: (outs[0] + random.random(), outs[1]))
+    for name, subject in races.subjects(small=True):
+        if name.startswith("add_layer_norm"):
+            with pytest.raises(WrongResult, match="repeat 1"):
+                races.repeats(subject)
+
+
+def test_nan_is_wrong():
+    from bench.gpu.results import WrongResult, check_close
+
+    x = torch.ones(4)
+    with pytest.raises(WrongResult):
+        check_close("x", x * torch.nan, x, x)
+
+
+def test_a_cut_off_stage_goes_on(machine, tmp_path):
+    from bench.gpu.results import Results, measure
+
+    ran = []
+
+    def case(name):
+        return name, lambda: ran.append(name) or {"line": name}
+
+    measure(Results("s", tmp_path, machine), [case("a"), case("b")], seconds=-1)
+    assert ran == []
+    assert not Results("s", tmp_path, machine).complete
+    measure(Results("s", tmp_path, machine), [case("a")], seconds=60)
+    measure(Results("s", tmp_path, machine), [case("a"), case("b")], seconds=60)
+    assert ran == ["a", "b"]
+    assert Results("s", tmp_path, machine).complete
+    other = dataclasses.replace(machine, sources="another version")
+    assert Results("s", tmp_path, other).rows == {}
+
+
+def test_one_broken_case_does_not_stop_the_others(machine, tmp_path):
+    from bench.gpu.results import Results, measure
+
+    broken = [True]
+
+    def fragile():
+        if broken[0]:
+            raise RuntimeError("broken")
+        return {"line": "fine"}
+
+    cases = [("fragile", fragile), ("sound", lambda: {"line": "fine"})]
+    results = Results("s", tmp_path, machine)
+    measure(results, cases, 60)
+    assert results.faults() == ["fragile: RuntimeError: broken"]
+    assert results.rows["sound"]["line"] == "fine"
+    broken[0] = False
+    again = Results("s", tmp_path, machine)
+    measure(again, cases, 60)
+    assert again.faults() == []
+
+
+def test_rehearsed_timings_are_not_saved(machine, tmp_path):
+    from bench.gpu import report
+    from bench.gpu.results import Results
+
+    results = Results("bench-fused", tmp_path, machine)
+    results.add("a", {"line": "fine"})
+    with pytest.raises(SystemExit, match="rehearsal"):
+        report.save(tmp_path)
+
+
+def test_tables_give_ratios(machine, tmp_path):
+    from bench.gpu import report
+    from bench.gpu.results import Results
+
+    def rate(tflops):
+        return {"us": 1.0, "tflops": tflops, "spread": 0.0, "method": "graph"}
+
+    results = Results("bench-attention", tmp_path, machine)
+    results.add("ceilings", {"ceilings": {"matmul_tflops": 800.0, "copy_gbs": 1.0, "launch_us": 1.0, "graph_us": 1.0}})
+    results.add(
+        "case",
+        {
+            "fwd": {"ours": rate(400.0), "flash": rate(500.0), "cudnn": {"unavailable": "no"}},
+            "bwd": {"ours": rate(1.0)},
+        },
+    )
+    results.complete = True
+    results.write()
+    assert "median 0.80" in report.write(tmp_path)
+    table = (tmp_path / "summary.md").read_text()
+    assert "| case | 400 | 500 | – | 0.80 | 0.50 | 1.0 |" in table
+    assert len(json.loads((tmp_path / "bench-attention.json").read_text())["rows"]) == 2
