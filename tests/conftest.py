@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tests are small: a second thread of PyTorch's costs more than it gives, and spins while others work.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
