@@ -11,7 +11,7 @@ from torch import Tensor
 from fastformer import ops
 from fastformer.nn.cache import AttentionCache
 from fastformer.nn.counters import count_fallback, count_fused, count_host_read
-from fastformer.nn.masks import made_causal, merge_masks
+from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
 
@@ -105,13 +105,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if batched and key.shape[batch_axis] != batch:
             return refused
         if key_padding_mask is not None and (
-            key_padding_mask.shape != ((batch, seqlen_k) if batched else (seqlen_k,)) or not _is_mask(key_padding_mask)
+            key_padding_mask.shape != ((batch, seqlen_k) if batched else (seqlen_k,)) or not is_mask(key_padding_mask)
         ):
             return refused
         if attn_mask is None:
             return refused if is_causal else ""
         shapes = ((seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k))
-        return "" if attn_mask.shape in shapes and _is_mask(attn_mask) else refused
+        return "" if attn_mask.shape in shapes and is_mask(attn_mask) else refused
 
     def _why_not_nested(
         self, key_padding_mask: Tensor | None, need_weights: bool, attn_mask: Tensor | None, is_causal: bool
@@ -279,7 +279,3 @@ def _each_once(function: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[T
     """function of each, the same result for the same tensor."""
     results = {id(t): function(t) for t in tensors}
     return [results[id(t)] for t in tensors]
-
-
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()

@@ -45,9 +45,14 @@ def is_causal_mask(mask: Tensor | None, hint: bool | None, seqlen: int) -> bool:
     """
     if hint or mask is None:
         return bool(hint)
-    if mask.shape != (seqlen, seqlen) or is_tracing(mask):
+    if mask.shape != (seqlen, seqlen) or not is_mask(mask) or is_tracing(mask):
         return False
     return _detect_is_causal_mask(mask, None, seqlen) if mask.device.type == "cpu" else made_causal(mask)
+
+
+def is_mask(mask: Tensor) -> bool:
+    """Whether torch.nn takes this dtype for a mask."""
+    return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def is_tracing(tensor: Tensor) -> bool:

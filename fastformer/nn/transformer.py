@@ -11,7 +11,7 @@ from torch import Tensor
 from fastformer.nn.cache import KVCache
 from fastformer.nn.counters import count_fallback, count_fused, count_host_read
 from fastformer.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, why_not_packed
-from fastformer.nn.masks import generate_square_subsequent_mask, is_causal_mask, is_tracing
+from fastformer.nn.masks import generate_square_subsequent_mask, is_causal_mask, is_mask, is_tracing
 from fastformer.nn.norm import LayerNorm, RMSNorm
 from fastformer.nn.packed import hooked, unwrap
 from fastformer.nn.parts import runs, runs_ours, stands_for, use_our_parts
@@ -55,11 +55,12 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if not all(runs_ours(unwrap(layer), TransformerEncoderLayer) for layer in self.layers):
             count_fallback("TransformerEncoder", "a layer of another class")
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        batch_first = _first_attention(self).batch_first
+        first = _first_attention(self)
+        batch_first = first.batch_first
         seqlen = 0 if src.is_nested else src.shape[0 if src.ndim == 2 or not batch_first else 1]
         is_causal = is_causal_mask(mask, is_causal, seqlen)
         if src_key_padding_mask is not None and (self.fastformer_unpad if unpad is None else unpad):
-            reason = self.why_not_packed() or _why_not_batch(src, src_key_padding_mask, batch_first)
+            reason = self.why_not_packed() or _why_not_batch(src, src_key_padding_mask, first)
             if mask is not None and not is_causal:
                 reason = reason or "mask is not known to be causal"
             if not reason:
@@ -131,10 +132,15 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if isinstance(tgt_key_padding_mask, Packing) and isinstance(memory_key_padding_mask, Packing):
             count_fused("TransformerDecoder")
             return self._packed(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, bool(tgt_is_causal))
+        reason = ""
         if not all(runs_ours(unwrap(layer), TransformerDecoderLayer) for layer in self.layers):
             if cache is not None:
                 raise ValueError("cache needs decoder layers of fastformer.nn (or of torch.nn, patched)")
-            count_fallback("TransformerDecoder", "a layer of another class")
+            reason = "a layer of another class"
+        elif tgt_mask is not None and not is_mask(tgt_mask):
+            reason = "input that torch.nn refuses"
+        if reason:
+            count_fallback("TransformerDecoder", reason)
             return super().forward(
                 tgt,
                 memory,
@@ -156,12 +162,13 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             for number, layer in enumerate(self.layers):
                 tgt = layer(tgt, memory, **paddings, cache=cache.of_layer(number))
             return tgt if self.norm is None else self.norm(tgt)
-        batch_first = _first_attention(self).batch_first
+        first = _first_attention(self)
+        batch_first = first.batch_first
         causal = is_causal_mask(tgt_mask, tgt_is_causal, tgt.shape[0 if tgt.ndim == 2 or not batch_first else 1])
         padded = tgt_key_padding_mask is not None or memory_key_padding_mask is not None
         if padded and (self.fastformer_unpad if unpad is None else unpad):
-            reason = self.why_not_packed() or _why_not_batch(tgt, tgt_key_padding_mask, batch_first)
-            reason = reason or _why_not_batch(memory, memory_key_padding_mask, batch_first)
+            reason = self.why_not_packed() or _why_not_batch(tgt, tgt_key_padding_mask, first)
+            reason = reason or _why_not_batch(memory, memory_key_padding_mask, first)
             reason = reason or _why_not_masks(tgt_mask, causal, memory_mask, memory_is_causal)
             if not reason and tgt.shape[0 if batch_first else 1] != memory.shape[0 if batch_first else 1]:
                 reason = "tgt and memory are not one batch"
@@ -259,8 +266,8 @@ class Transformer(torch.nn.Transformer):
             src_causal = is_causal_mask(src_mask, src_is_causal, src.shape[axis])
             tgt_causal = is_causal_mask(tgt_mask, tgt_is_causal, tgt.shape[axis])
             if not (
-                _why_not_batch(src, src_key_padding_mask, self.batch_first)
-                or _why_not_batch(tgt, tgt_key_padding_mask, self.batch_first)
+                _why_not_batch(src, src_key_padding_mask, _first_attention(self.encoder))
+                or _why_not_batch(tgt, tgt_key_padding_mask, _first_attention(self.decoder))
                 or _why_not_masks(tgt_mask, tgt_causal, memory_mask, memory_is_causal)
                 or (src_mask is not None and not src_causal)
             ):
@@ -335,13 +342,15 @@ def _why_not_stack(stack: Any, layer_class: type) -> str:
     return "a hook would see packed tensors" if hooked((*stack.layers, *([] if norm is None else [norm]))) else ""
 
 
-def _why_not_batch(x: Tensor, mask: Tensor | Packing | None, batch_first: bool) -> str:
+def _why_not_batch(x: Tensor, mask: Tensor | Packing | None, attention: Any) -> str:
     """Reason why `mask`, bool [batch, seqlen], does not say which tokens of x are real, or ""."""
     if x.is_nested or x.ndim != 3:
         return "nested or unbatched input"
     if is_tracing(x):
         return "the number of tokens is not known while compiling or tracing"
-    shape = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    if x.shape[-1] != attention.embed_dim:
+        return "input that torch.nn refuses"
+    shape = x.shape[:2] if attention.batch_first else (x.shape[1], x.shape[0])
     if mask is None:
         return ""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
