@@ -67,7 +67,12 @@ def _escape(path: str) -> str:
 
 
 setup(
-    packages=[*find_packages(include=["fastformer", "fastformer.*"])],
+    # A source distribution holds no link fastformer/kernels, so the kernels are found where they are.
+    packages=[
+        *find_packages(include=["fastformer", "fastformer.*"], exclude=["fastformer.kernels", "fastformer.kernels.*"]),
+        "fastformer.kernels",
+        *(f"fastformer.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"fastformer": "fastformer", "fastformer.kernels": "kernels"},
     ext_modules=[
         Extension(

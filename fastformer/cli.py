@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastformer: {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfastformer: interrupted; no unfinished file was left behind.", file=sys.stderr)
+        print("fastformer: interrupted; no unfinished file was left behind.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -48,11 +48,22 @@ def _parser() -> Parser:
     info = commands.add_parser("info", help="which backend runs on each device of this machine, and why")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(func=_info)
-    if importlib.util.find_spec("fastformer.tokenizer.cli"):
-        from fastformer.tokenizer.cli import add_parser
-
-        add_parser(commands)
+    _add_tokenizer(commands)
     return parser
+
+
+def _add_tokenizer(commands: Any) -> None:
+    try:
+        from fastformer.tokenizer.cli import add_parser
+    except ImportError as error:  # the C++ engine is not built: the other commands, info above all, must still run
+        reason = str(error)
+
+        def refuse(args: argparse.Namespace) -> NoReturn:
+            raise UserError(f"the tokenizer cannot be imported: {reason}")
+
+        commands.add_parser("tokenizer", help=f"(not available: {reason})").set_defaults(func=refuse)
+    else:
+        add_parser(commands)
 
 
 def _add_demo(commands: Any) -> None:

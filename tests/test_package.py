@@ -117,9 +117,13 @@ def test_extension_uses_the_limited_api_only(wheel, tmp_path):
     undefined = run(nm, "-D", "--undefined-only", tmp_path / "fastformer/tokenizer/_bpe.abi3.so")
     used = set(re.findall(r"\b_?Py\w+", undefined))
     assert used
-    header = tmp_path / "limited.h"
-    header.write_text("#define Py_LIMITED_API 0x030B0000\n#include <Python.h>\n")
-    declared = set(re.findall(r"\b_?Py\w+", run(compiler, "-E", f"-I{sysconfig.get_paths()['include']}", header)))
+    declared: set[str] = set()
+    # PY_SSIZE_T_CLEAN gives some functions other names, limited API as well.
+    for clean in ("", "#define PY_SSIZE_T_CLEAN\n"):
+        header = tmp_path / "limited.h"
+        header.write_text(f"{clean}#define Py_LIMITED_API 0x030B0000\n#include <Python.h>\n")
+        visible = run(compiler, "-E", f"-I{sysconfig.get_paths()['include']}", header)
+        declared.update(re.findall(r"\b_?Py\w+", visible))
     assert "PyList_GetItem" in declared
     assert "PyUnicode_AsUTF8" not in declared, "the headers did not apply the limit: 3.13's additions are visible"
     assert not used - declared

@@ -1,16 +1,20 @@
-"""Write csrc/bpe/unicode_data.h: the Unicode facts that the pre-tokenizers and normalizers need.
+"""Write the Unicode facts that the pre-tokenizers and normalizers need.
 
-The version is 16.0.0 because the references are: tiktoken 0.14 and tokenizers 0.23 classify every code point as
-Unicode 16.0.0 does (tests/tokenizer/test_unicode.py holds them against the tables). The facts come from the package
-`unicodedata2`, whose releases carry the Unicode version as their number:
+csrc/bpe/unicode_data.h: the general categories of Unicode 16.0.0, because tiktoken 0.14 and tokenizers 0.23 classify
+every code point as that version does (tests/tokenizer/test_encode.py holds each against them). They come from the
+package `unicodedata2`, whose releases carry the Unicode version as their number:
 
     pip install unicodedata2==16.0.0
-    python tools/unicode_tables.py > csrc/bpe/unicode_data.h
+    python tools/unicode_tables.py categories > csrc/bpe/unicode_data.h
+
+fastformer/tokenizer/unassigned.py: the code points without a character in Unicode 9.0.0. tokenizers 0.23 normalizes
+as of that version, so whatever came later must pass its NFC, NFD, NFKC and NFKD untouched. CPython 3.6 carries it:
+
+    python3.6 tools/unicode_tables.py unassigned > fastformer/tokenizer/unassigned.py
 """
 
 import sys
-
-import unicodedata2
+import unicodedata
 
 VERSION = "16.0.0"
 CATEGORIES = [
@@ -61,26 +65,48 @@ WHITE_SPACE = [
 ]
 
 
-def runs() -> list[int]:
+def runs(database) -> list:  # type: ignore[no-untyped-def, type-arg]
     """Every change of category as `first code point << 5 | category`."""
-    out: list[int] = []
+    out = []
     last = -1
     for point in range(0x110000):
-        category = CATEGORIES.index(unicodedata2.category(chr(point)))
+        category = CATEGORIES.index(database.category(chr(point)))
         if category != last:
             out.append(point << 5 | category)
             last = category
     return out
 
 
-def block(name: str, kind: str, values: list[int]) -> list[str]:
+def block(name: str, kind: str, values: list) -> list:  # type: ignore[type-arg]
     lines = [f"inline constexpr {kind} {name}[{len(values)}] = {{"]
     for i in range(0, len(values), 16):
         lines.append("    " + ",".join(f"0x{v:x}" for v in values[i : i + 16]) + ",")
     return [*lines, "};"]
 
 
-def main() -> None:
+def unassigned() -> None:
+    if unicodedata.unidata_version != "9.0.0":
+        sys.exit(f"need an interpreter with Unicode 9.0.0 (CPython 3.6), got {unicodedata.unidata_version}")
+    gaps = [p for p in range(0x110000) if unicodedata.category(chr(p)) == "Cn"]
+    ranges = []
+    for point in gaps:
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    text = " ".join(f"{a:x}-{b:x}" if a != b else f"{a:x}" for a, b in ranges)
+    print('"""Code points without a character in Unicode 9.0.0, written by tools/unicode_tables.py; do not edit."""\n')
+    print("RANGES = (")
+    while text:
+        cut = len(text) if len(text) <= 110 else text.rindex(" ", 0, 110) + 1
+        print(f'    "{text[:cut]}"')
+        text = text[cut:]
+    print(")")
+
+
+def categories() -> None:
+    import unicodedata2
+
     if unicodedata2.unidata_version != VERSION:
         sys.exit(f"need unicodedata2=={VERSION}, got {unicodedata2.unidata_version}")
     lines = [
@@ -92,7 +118,7 @@ def main() -> None:
         f'inline constexpr char kVersion[] = "{VERSION}";',
         "enum Category : uint8_t { " + ", ".join(CATEGORIES) + " };",
         "// First code point of each run of one general category << 5 | category.",
-        *block("kCategoryRuns", "uint32_t", runs()),
+        *block("kCategoryRuns", "uint32_t", runs(unicodedata2)),
         *block("kWhiteSpace", "uint32_t", WHITE_SPACE),
         "}  // namespace fastformer::unicode",
     ]
@@ -100,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"categories": categories, "unassigned": unassigned}[sys.argv[1]]()

@@ -177,7 +177,7 @@ def _csv_rows(path: Path, content: str, text_column: str, label_column: str) -> 
                 raise UserError(f"{path}, line {reader.line_num}: {label_column!r} is empty")
             yield text, label.strip()
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: no valid CSV: {error}") from None
+        raise UserError(f"{path}, line {reader.reader.line_num}: no valid CSV: {error}") from None
 
 
 def _jsonl_rows(path: Path, content: str, text_column: str, label_column: str) -> Iterator[tuple[str, str]]:

@@ -50,12 +50,6 @@ def _status(name: str) -> int:
     return int(fields[name].split()[0]) * 1024
 
 
-def human_bytes(count: int | None) -> str:
-    if count is None:
-        return "n/a"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

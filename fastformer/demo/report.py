@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .memory import human_bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,12 @@ def table(rows: Sequence[Row]) -> str:
     ]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def human_bytes(count: int | None) -> str:
+    if count is None:
+        return "n/a"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

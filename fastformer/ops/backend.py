@@ -53,7 +53,7 @@ def backend_for(device: torch.device) -> str:
         RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
     """
     choice = forced_backend()
-    if choice == "torch":
+    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
         return "torch"
     usable, why = triton_status()
     if choice == "triton":
@@ -65,4 +65,4 @@ def backend_for(device: torch.device) -> str:
                 "in its interpreter (TRITON_INTERPRET=1)"
             )
         return "triton"
-    return "triton" if device.type == "cuda" and usable else "torch"
+    return "triton" if usable else "torch"

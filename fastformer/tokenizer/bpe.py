@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,9 @@ import numpy as np
 
 from fastformer.tokenizer import files, huggingface
 from fastformer.tokenizer import padding as _padding
+from fastformer.tokenizer.added import matcher, split
 from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.normalize import normalize
 from fastformer.tokenizer.patterns import Pattern
 
 Special = Literal["all"] | Collection[str]
@@ -30,8 +31,11 @@ class BPETokenizer:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._engine = model.engine()
-        self._number = model.pattern.number
-        self._specials = dict(model.special_tokens)
+        # The scanner's number where text goes to the engine as it is, None where Python has something to do first.
+        self._number = model.pattern.number if model.plain else None
+        self._specials = {name: token.id for name, token in model.added.items() if token.special}
+        self._raw = {name: token for name, token in model.added.items() if not token.normalized}
+        self._normalized = {self._normalize(n): token for n, token in model.added.items() if token.normalized}
 
     @classmethod
     def from_file(
@@ -85,20 +89,16 @@ class BPETokenizer:
             allowed_special: special tokens to recognise; "all" for every one.
             disallowed_special: special tokens whose text raises ValueError; "all" for every one not allowed.
         """
-        if allowed_special or disallowed_special:
-            return self._encode_special(text, allowed_special, disallowed_special).tolist()
-        if self._number is None:
-            return self._encode_regex(text).tolist()
+        if allowed_special or disallowed_special or self._number is None:
+            return self._encode_added(text, allowed_special, disallowed_special).tolist()
         return self._engine.encode(text, self._number)
 
     def encode_array(
         self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
     ) -> np.ndarray:
         """The ids of `text` as a uint32 array [tokens]; arguments as for `encode`."""
-        if allowed_special or disallowed_special:
-            return self._encode_special(text, allowed_special, disallowed_special)
-        if self._number is None:
-            return self._encode_regex(text)
+        if allowed_special or disallowed_special or self._number is None:
+            return self._encode_added(text, allowed_special, disallowed_special)
         return np.frombuffer(self._engine.encode_array(text, self._number), dtype=np.uint32)
 
     def encode_packed(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +106,7 @@ class BPETokenizer:
         if isinstance(texts, str | bytes):
             raise TypeError(f"texts must be a sequence of texts, got one {type(texts).__name__}")
         if self._number is None:
-            parts = [self._encode_regex(text) for text in texts]
+            parts = [self._encode_added(text, (), ()) for text in texts]
             lengths = np.fromiter((len(part) for part in parts), np.int32, len(parts))
             ids = np.concatenate([*parts, np.empty(0, np.uint32)])
             return ids, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
@@ -123,7 +123,7 @@ class BPETokenizer:
 
     def count(self, text: str | bytes) -> int:
         """The number of ids of `text`."""
-        return len(self._encode_regex(text)) if self._number is None else self._engine.count(text, self._number)
+        return len(self.encode_array(text)) if self._number is None else self._engine.count(text, self._number)
 
     def __call__(
         self,
@@ -134,6 +134,7 @@ class BPETokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
         pad_token: str | None = None,
+        add_special_tokens: bool = True,
         allowed_special: Special = (),
     ) -> dict[str, Any]:
         """`input_ids` and `attention_mask` as transformers' tokenizers return them.
@@ -146,9 +147,12 @@ class BPETokenizer:
             return_tensors: None for lists, "np" or "pt" for int64 arrays [texts, length].
             pad_token: the special token to pad with. By default the one that is called <pad>, [PAD], <|pad|> or
                 <|padding|>; if there is none, padding raises ValueError.
+            add_special_tokens: put the tokens around each text that the file's post-processor asks for.
             allowed_special: as for `encode`.
         """
-        return _padding.call(self, texts, padding, truncation, max_length, return_tensors, pad_token, allowed_special)
+        return _padding.call(
+            self, texts, padding, truncation, max_length, return_tensors, pad_token, add_special_tokens, allowed_special
+        )
 
     # Decoding
 
@@ -168,7 +172,7 @@ class BPETokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the highest id: the number of rows that an embedding needs."""
-        return 1 + max([*self._model.vocab.values(), *self._specials.values()])
+        return 1 + max([*self._model.vocab.values(), *(token.id for token in self._model.added.values())])
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -204,6 +208,10 @@ class BPETokenizer:
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
+            if not self._model.plain:
+                raise ValueError(
+                    f"{path}: a .tiktoken file holds no normalizers, prefix or added tokens; save a tokenizer.json"
+                )
             model = Model(self._model.vocab, None, True, self._model.pattern, {})
             if self._model.merges is not None and not self._same_merges(model):
                 raise ValueError(
@@ -230,12 +238,6 @@ class BPETokenizer:
 
     # Details
 
-    def _encode_regex(self, text: str | bytes) -> np.ndarray:
-        if not isinstance(text, str):
-            text = bytes(text).decode("utf-8")
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return np.frombuffer(self._engine.encode_pieces(text, self._model.pattern.boundaries(text)), dtype=np.uint32)
-
     def _special_set(self, which: Special, name: str) -> frozenset[str]:
         if isinstance(which, str):
             if which != "all":
@@ -243,26 +245,43 @@ class BPETokenizer:
             return frozenset(self._specials)
         return frozenset(which)
 
-    def _encode_special(self, text: str | bytes, allowed_special: Special, disallowed_special: Special) -> np.ndarray:
-        if not isinstance(text, str):
-            text = bytes(text).decode("utf-8")
+    def _normalize(self, text: str) -> str:
+        for form in self._model.normalizers:
+            text = normalize(form, text)
+        return text
+
+    def _encode_added(self, text: str | bytes, allowed_special: Special, disallowed_special: Special) -> np.ndarray:
         allowed = self._special_set(allowed_special, "allowed_special")
         disallowed = self._special_set(disallowed_special, "disallowed_special")
         if disallowed_special == "all":
             disallowed -= allowed
-        if disallowed and (match := _matcher(disallowed).search(text)):
+        if not isinstance(text, str):
+            text = _as_str(text)
+        if disallowed and (match := matcher(disallowed).search(text)):
             raise ValueError(
                 f"the text holds the special token {match.group()!r} at {match.start()}; name it in allowed_special to "
                 "encode it as one, or leave it out of disallowed_special to encode it as text"
             )
-        parts, start = [], 0
-        known = allowed & self._specials.keys()
-        for match in _matcher(known).finditer(text) if known else ():
-            parts.append(self.encode_array(text[start : match.start()]))
-            parts.append(np.asarray([self._specials[match.group()]], dtype=np.uint32))
-            start = match.end()
-        parts.append(self.encode_array(text[start:]))
+        # Surrogates first: the regular expressions and normalizers must see the characters that are encoded.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts = [np.empty(0, np.uint32)]
+        for raw, raw_token in split(text, self._raw, allowed, self._model.hugging_face):
+            if raw_token is not None:
+                parts.append(np.asarray([raw_token.id], dtype=np.uint32))
+                continue
+            piece = self._normalize(raw)
+            for part, token in split(piece, self._normalized, allowed, self._model.hugging_face):
+                ids = self._encode_part(part) if token is None else np.asarray([token.id], dtype=np.uint32)
+                parts.append(ids)
         return np.concatenate(parts)
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        if self._model.prefix_space and not text.startswith(" "):
+            text = " " + text
+        pattern = self._model.pattern
+        if pattern.number is not None:
+            return np.frombuffer(self._engine.encode_array(text, pattern.number), dtype=np.uint32)
+        return np.frombuffer(self._engine.encode_pieces(text, pattern.boundaries(text)), dtype=np.uint32)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model,)
@@ -277,8 +296,15 @@ class BPETokenizer:
         return f"<BPETokenizer of {self.vocab_size} ids, pattern {self._model.pattern.name!r}>"
 
 
-def _matcher(tokens: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+def _as_str(data: Any) -> str:
+    try:
+        return bytes(data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text: bytes that are no UTF-8 need a plain vocabulary and no special tokens: {error}"
+        ) from None
+    except TypeError:
+        raise TypeError(f"text must be str or a bytes-like object, got {type(data).__name__}") from None
 
 
 def _id_buffer(ids: Iterable[int] | np.ndarray) -> Any:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.model import Model, specials
 from fastformer.tokenizer.patterns import Pattern, resolve
 
 GPT2_END = "<|endoftext|>"
@@ -90,7 +90,7 @@ def load_tiktoken(path: Path, pattern: Pattern, special_tokens: dict[str, int]) 
         if key in vocab:
             raise ValueError(f"{path}, line {number}: the token {key!r} stands there twice")
         vocab[key] = value
-    return Model(vocab, None, True, pattern, special_tokens)
+    return Model(vocab, None, True, pattern, specials(special_tokens))
 
 
 def load_gpt2(folder: Path, pattern: Pattern, special_tokens: dict[str, int] | None) -> Model:
@@ -123,7 +123,7 @@ def load_gpt2(folder: Path, pattern: Pattern, special_tokens: dict[str, int] | N
         if len(parts) != 2 or parts[0] is None or parts[1] is None:
             raise ValueError(f"{merges_path}, line {number}: needs two byte-level tokens, got {line[:80]!r}")
         merges.append((parts[0], parts[1]))
-    return Model(vocab, merges, False, pattern, special_tokens)
+    return Model(vocab, merges, False, pattern, specials(special_tokens))
 
 
 def load(path: Path, pattern: str | None, special_tokens: dict[str, int] | None) -> Model:

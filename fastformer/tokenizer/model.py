@@ -7,9 +7,11 @@ import dataclasses
 import numpy as np
 
 from fastformer.tokenizer import _bpe
+from fastformer.tokenizer.added import AddedToken
+from fastformer.tokenizer.normalize import Form
 from fastformer.tokenizer.patterns import Pattern
 
-UINT32_MAX_ID = (1 << 28) - 1
+MAX_ID = (1 << 28) - 1
 
 
 @dataclasses.dataclass
@@ -22,20 +24,36 @@ class Model:
             (tiktoken's models).
         whole_piece: a pretoken that is a token becomes that token, whether merges lead there or not.
         pattern: how text is cut into pretokens.
-        special_tokens: strings that stand outside of the merging, and their ids.
+        added: strings that stand outside of the merging.
+        normalizers: Unicode forms, applied in turn before anything but unnormalized added tokens.
+        prefix_space: text between added tokens that does not begin with a space gets one.
+        template: ids before and after a text where special tokens are added to it.
+        hugging_face: added tokens are found as in Hugging Face's tokenizers, not as in tiktoken.
     """
 
     vocab: dict[bytes, int]
     merges: list[tuple[bytes, bytes]] | None
     whole_piece: bool
     pattern: Pattern
-    special_tokens: dict[str, int]
+    added: dict[str, AddedToken]
+    normalizers: tuple[Form, ...] = ()
+    prefix_space: bool = False
+    template: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    hugging_face: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Text without allowed special tokens goes to the engine as it is."""
+        return not (self.normalizers or self.prefix_space or any(not token.special for token in self.added.values()))
 
     def engine(self) -> _bpe.Engine:
         """The compiled vocabulary. Raises ValueError for one that cannot encode every text exactly."""
-        for name, number in [*self.vocab.items(), *self.special_tokens.items()]:
-            if not isinstance(number, int) or not 0 <= number <= UINT32_MAX_ID:
-                raise ValueError(f"token {name!r} has the id {number!r}; ids are integers from 0 to {UINT32_MAX_ID}")
+        added = [(token.content, token.id) for token in self.added.values()]
+        for name, number in [*self.vocab.items(), *added]:
+            if not isinstance(number, int) or not 0 <= number <= MAX_ID:
+                raise ValueError(f"token {name!r} has the id {number!r}; ids are integers from 0 to {MAX_ID}")
+            if not name:
+                raise ValueError(f"the token of id {number} is empty")
         tokens = list(self.vocab)
         merges = None
         if self.merges is not None:
@@ -45,8 +63,9 @@ class Model:
                 try:
                     rows.append((index[left], index[right], index[left + right]))
                 except KeyError as error:
+                    missing = error.args[0]
                     raise ValueError(
-                        f"merge {rank} ({left!r} + {right!r}) needs {error.args[0]!r}, which is no token"
+                        f"merge {rank} ({left!r} + {right!r}) needs {missing!r}, which is no token"
                     ) from None
             merges = np.asarray(rows, dtype=np.uint32).reshape(-1, 3)
         return _bpe.Engine(
@@ -54,6 +73,11 @@ class Model:
             np.fromiter(self.vocab.values(), np.uint32, len(tokens)),
             merges,
             self.whole_piece,
-            [name.encode("utf-8") for name in self.special_tokens],
-            np.fromiter(self.special_tokens.values(), np.uint32, len(self.special_tokens)),
+            [name.encode("utf-8") for name, _ in added],
+            np.fromiter((number for _, number in added), np.uint32, len(added)),
         )
+
+
+def specials(tokens: dict[str, int]) -> dict[str, AddedToken]:
+    """Plain special tokens, as tiktoken has them."""
+    return {name: AddedToken(name, number) for name, number in tokens.items()}

@@ -36,6 +36,7 @@ def call(
     max_length: int | None,
     return_tensors: str | None,
     pad_token: str | None,
+    add_special_tokens: bool,
     allowed_special: Special,
 ) -> dict[str, Any]:
     """See BPETokenizer.__call__."""
@@ -54,8 +55,17 @@ def call(
     else:
         ids, offsets = tokenizer.encode_packed(batch)
         rows = [ids[a:b] for a, b in itertools.pairwise(offsets)]
-    if truncation:
-        rows = [row[:max_length] for row in rows]
+    before, after = tokenizer._model.template if add_special_tokens else ((), ())
+    if truncation and max_length is not None:
+        room = max_length - len(before) - len(after)
+        if room < 0:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for the {len(before) + len(after)} special tokens"
+            )
+        rows = [row[:room] for row in rows]
+    if before or after:
+        ends = np.asarray(before, np.uint32), np.asarray(after, np.uint32)
+        rows = [np.concatenate([ends[0], row, ends[1]]) for row in rows]
     lengths = [len(row) for row in rows]
     if not padding:
         if return_tensors is None:

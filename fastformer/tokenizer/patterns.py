@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -75,6 +76,8 @@ _KNOWN: dict[tuple[str, ...], str] = {
     (CL100K_ONIGURUMA,): "cl100k",
     (r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",): "gpt2",
 }
+# The same for what Hugging Face's regex engine reads: without tiktoken's spellings, which mean something else there.
+ONIGURUMA_KNOWN = {k: v for k, v in _KNOWN.items() if not any(re.search(r"\$\||[0-9]\}\+", e) for e in k)}
 
 
 @dataclasses.dataclass(frozen=True)

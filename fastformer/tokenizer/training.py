@@ -12,6 +12,7 @@ import numpy as np
 from fastformer.tokenizer import _bpe
 from fastformer.tokenizer.files import to_bytes
 from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.model import specials as special_table
 from fastformer.tokenizer.patterns import resolve
 
 
@@ -85,7 +86,8 @@ def train(
         close()
     merges = [(tokens[a], tokens[b]) for a, b, _ in np.frombuffer(rows, np.uint32).reshape(-1, 3).tolist()]
     vocab = {token: number for number, token in enumerate(tokens) if number >= len(special_tokens)}
-    return Model(vocab, merges, False, cut, {token: number for number, token in enumerate(special_tokens)})
+    added = special_table({token: number for number, token in enumerate(special_tokens)})
+    return Model(vocab, merges, False, cut, added)
 
 
 def _paths(source: Any) -> list[Path] | None:

@@ -1,6 +1,8 @@
 """Small vocabularies, hard strings and the reference tokenizers."""
 
 import base64
+import functools
+import itertools
 import json
 import random
 import unicodedata
@@ -23,6 +25,7 @@ _SAMPLE = (
 )
 
 
+@functools.cache
 def pieces() -> list[str]:
     """Hard pieces: every category, contractions in both cases, white space, marks, emoji sequences, look-alikes."""
     rng = random.Random(7)
@@ -124,6 +127,16 @@ def pieces() -> list[str]:
         "\U0010ffff",
     ]
     return out
+
+
+def code_points(full: bool) -> list[int]:
+    """Every code point but surrogates, or the two planes where scripts live and some of the others."""
+    points = (
+        range(0x110000)
+        if full
+        else itertools.chain(range(0x20000), range(0x20000, 0x110000, 61), range(0x2F800, 0x2FA20))
+    )
+    return [p for p in points if not 0xD800 <= p < 0xE000]
 
 
 def hard_strings(count: int, seed: int = 0, longest: int = 12) -> list[str]:

@@ -1,0 +1,77 @@
+"""What operator tests share: the error rule, inputs that betray stray reads, a pass through one backend."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fenced(shape, dtype, generator, device, stride_slack=0, scale=1.0) -> Tensor:
+    """Random normal values inside a larger buffer of NaN: before, after and, with `stride_slack`, between the rows."""
+    *lead, n = shape
+    rows = math.prod(lead)
+    values = torch.randn(rows, n, generator=generator).mul_(scale).to(device, dtype)
+    buffer = torch.full((rows + 2, n + stride_slack), math.nan, dtype=dtype, device=device)
+    inner = buffer[1:-1, :n]
+    inner.copy_(values)
+    strides = []
+    step = n + stride_slack
+    for size in reversed(lead):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return inner.as_strided(shape, (*strides, 1))
+
+
+def assert_as_exact_as_stock(ours: Tensor, stock: Tensor, exact: Tensor, name: str = "") -> None:
+    """Error against the float64 result at most twice the stock operator's, plus an ulp of the largest value."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    assert ours.isfinite().all(), f"{name}: not finite"
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (stock.double() - exact).abs().max().item()
+    allowed += torch.finfo(ours.dtype).eps * exact.abs().max().item() + 1e-30
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def gradients(function, tensors: dict[str, Tensor], cotangents) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of `function(**leaves)` and the gradients of the leaves that have a floating dtype.
+
+    `cotangents(outputs)` returns the gradients to send back.
+    """
+    leaves = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in tensors.items()}
+    before = {k: v.detach().clone() for k, v in leaves.items()}
+    outputs = function(**leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    wanted = [k for k, v in leaves.items() if v.requires_grad]
+    found = torch.autograd.grad(outputs, [leaves[k] for k in wanted], cotangents(outputs), allow_unused=True)
+    for k, v in leaves.items():
+        assert torch.equal(v.detach().nan_to_num(), before[k].nan_to_num()), f"{k} was modified"
+    return [o.detach() for o in outputs], {k: g for k, g in zip(wanted, found, strict=True) if g is not None}
+
+
+def compare(function, tensors: dict[str, Tensor], monkeypatch, seed: int = 0) -> None:
+    """Hold `function` and its gradients against float64, with the stock operators in the same dtypes as the measure."""
+    generator = torch.Generator().manual_seed(seed)
+    sent: list[Tensor] = []
+
+    def cotangents(outputs):
+        if not sent:
+            sent.extend(torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs)
+        return [s.to(o.device, o.dtype) for s, o in zip(sent, outputs, strict=True)]
+
+    ours, ours_grads = gradients(function, tensors, cotangents)
+    # The cotangents as the outputs' dtype rounded them are what all three differentiate.
+    sent = [s.to(o.dtype).double() for s, o in zip(sent, ours, strict=True)]
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    exact, exact_grads = gradients(function, wide, cotangents)
+    with monkeypatch.context() as patch:
+        patch.setenv("FASTFORMER_BACKEND", "torch")
+        stock, stock_grads = gradients(function, tensors, cotangents)
+    for index, (a, b, c) in enumerate(zip(ours, stock, exact, strict=True)):
+        assert a.dtype == b.dtype
+        assert_as_exact_as_stock(a, b, c, f"output {index}")
+    assert ours_grads.keys() == exact_grads.keys()
+    for k, g in ours_grads.items():
+        assert g.dtype == tensors[k].dtype
+        assert_as_exact_as_stock(g, stock_grads[k], exact_grads[k], f"gradient of {k}")
