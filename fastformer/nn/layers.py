@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer import ops
@@ -14,7 +15,9 @@ from fastformer.nn.cache import AttentionCache
 from fastformer.nn.counters import count_fallback, count_fused, count_host_read
 from fastformer.nn.norm import is_plain_dropout, is_plain_norm
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
-from fastformer.nn.parts import runs_ours, stands_for, use_our_parts
+from fastformer.nn.parts import has_hooks, runs_ours, stands_for, use_our_parts
+from fastformer.ops.activation import bias_dropout_add, bias_gelu
+from fastformer.ops.backend import backend_for
 from fastformer.ops.packing import Packing
 
 
@@ -60,7 +63,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         )[0]
         if self.norm_first:
             normed, residual = add_norm(attended, src, self.norm2, self.dropout1, return_residual=True)
-            return residual + self.dropout2(feed_forward(self, normed))
+            return add_feed_forward(self, normed, residual, self.dropout2)
         normed = add_norm(attended, src, self.norm1, self.dropout1)
         return add_norm(feed_forward(self, normed), normed, self.norm2, self.dropout2)
 
@@ -144,7 +147,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if self.norm_first:
             x, residual = add_norm(attended, tgt, self.norm2, self.dropout1, return_residual=True)
             x, residual = add_norm(attend_memory(x)[0], residual, self.norm3, self.dropout2, return_residual=True)
-            return residual + self.dropout3(feed_forward(self, x))
+            return add_feed_forward(self, x, residual, self.dropout3)
         x = add_norm(attended, tgt, self.norm1, self.dropout1)
         x = add_norm(attend_memory(x)[0], x, self.norm2, self.dropout2)
         return add_norm(feed_forward(self, x), x, self.norm3, self.dropout3)
@@ -166,7 +169,35 @@ def add_norm(input: Tensor, residual: Tensor, norm: Any, dropout: Any, return_re
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), without the dropout behind it."""
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    return layer.linear2(_inner(layer, x))
+
+
+def add_feed_forward(layer: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor:
+    """residual + dropout(feed_forward(x)), the end of a pre-norm layer."""
+    hidden, linear = _inner(layer, x), layer.linear2
+    if not _reads_bias(linear, x):
+        return residual + dropout(linear(hidden))
+    out = F.linear(hidden, linear.weight)
+    return bias_dropout_add(out, linear.bias, residual, dropout.p, dropout.training)
+
+
+def _inner(layer: Any, x: Tensor) -> Tensor:
+    linear, approximate = layer.linear1, _gelu(layer.activation)
+    if approximate is None or not _reads_bias(linear, x):
+        return layer.dropout(layer.activation(linear(x)))
+    return layer.dropout(bias_gelu(F.linear(x, linear.weight), linear.bias, approximate))
+
+
+def _reads_bias(linear: Any, x: Tensor) -> bool:
+    """Whether a kernel may add this layer's bias: PyTorch's own operators add it in the product, for nothing."""
+    return type(linear) is torch.nn.Linear and not has_hooks(linear) and backend_for(x.device) == "triton"
+
+
+def _gelu(activation: Any) -> str | None:
+    """The `approximate` of an activation that is GELU, else None."""
+    if activation is F.gelu:
+        return "none"
+    return activation.approximate if type(activation) is torch.nn.GELU and not has_hooks(activation) else None
 
 
 def why_not_fused(layer: Any) -> str:
