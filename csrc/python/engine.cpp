@@ -205,12 +205,13 @@ PyObject* scan(PyObject*, PyObject* args) {
         Text text(object);
         if (unicode::valid_utf8_prefix(text.data(), text.size()) != text.size())
             throw std::invalid_argument("text must be valid UTF-8");
-        if (isa < 0 || isa > static_cast<long>(bpe::best_isa()))
+        if (isa < 0 || isa > 3 || !bpe::has_isa(static_cast<Isa>(isa)))
             throw std::invalid_argument("isa: this machine has no instruction set number " + std::to_string(isa));
         auto function = bpe::Scanner::get(pattern_from(pattern), static_cast<Isa>(isa));
+        constexpr size_t kEnds = 16384;
         IdBuffer ends;
         for (size_t pos = 0; pos < text.size();)
-            ends.add(function(text.data(), text.size(), pos, ends.room(1024), 1024));
+            ends.add(function(text.data(), text.size(), pos, ends.room(kEnds), kEnds));
         return number_array(ends.data(), ends.size());
     });
 }

@@ -4,6 +4,8 @@ from typing import Any
 best_isa: int
 unicode_version: str
 
+def has_isa(number: int) -> bool: ...
+
 class Engine:
     def __init__(
         self,

@@ -192,12 +192,10 @@ def _walk_rows(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv what query rows begin … end of one head contribute; tiles lie transposed, keys by queries."""
-    # The few tiles at the edges of a band are not worth the registers of a pipeline.
-    STAGES: tl.constexpr = 1 if CHECK and MASK is None else None
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     m = tl.arange(0, BLOCK_M)
-    for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+    for start in range(begin, end, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
         row = start + m
         inside = row < q_len
@@ -205,7 +203,7 @@ def _walk_rows(
         # A row with nothing to attend to has no probabilities (exp2(x - inf) = 0), and whatever it holds stays out.
         empty = lse == float("-inf")
         lse = tl.where(empty, float("inf"), lse * LOG2E)
-        if CHECK:
+        if MASK is not None:
             inside = inside & (lse != float("inf"))
         q = tl.load(
             Q + start.to(tl.int64) * q_st + (m[:, None] * q_st + d[None, :]),
@@ -371,7 +369,8 @@ def attention_backward(
     query, key, value = call.query, call.key, call.value
     dq, dk, dv = (call.empty_like(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    by_row, by_key = backward_config(targets.target_of(query.device), call)
+    target = targets.target_of(query.device)
+    by_row, by_key = backward_config(target, call)
     tokens_q, tokens_k = (query.shape[0], key.shape[0]) if call.packed else (0, 0)
     l_sb, l_sh = (0, tokens_q) if call.packed else (call.heads * call.q_len, call.q_len)
     if grad_lse is None:
@@ -388,8 +387,7 @@ def attention_backward(
             *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(out),
             *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_q, call.batch, *numbers,
-            **call.constants, BLOCK_M=by_row.block_m, BLOCK_N=by_row.block_n,
-            num_warps=by_row.warps, num_stages=by_row.stages,
+            **call.constants, **by_row.options(target),
         )  # fmt: skip
     if key.numel() or value.numel():
         tiles = max(1, triton.cdiv(call.k_len, by_key.block_n))
@@ -399,7 +397,6 @@ def attention_backward(
             *call.strides(grad_out), *call.strides(dk), *call.strides(dv), l_sb, l_sh,
             *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_k, call.batch, *numbers,
-            **call.constants, BLOCK_M=by_key.block_m, BLOCK_N=by_key.block_n,
-            num_warps=by_key.warps, num_stages=by_key.stages,
+            **call.constants, **by_key.options(target),
         )  # fmt: skip
     return dq, dk, dv, delta

@@ -218,7 +218,8 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    config = forward_config(targets.target_of(query.device), call)
+    target = targets.target_of(query.device)
+    config = forward_config(target, call)
     tiles = max(1, triton.cdiv(call.q_len, config.block_m))
     o_sb, o_sh, o_st = call.strides(out)
     l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
@@ -227,7 +228,6 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
         *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
         *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        **call.constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.warps, num_stages=config.stages,
+        **call.constants, **config.options(target),
     )  # fmt: skip
     return out, lse

@@ -120,7 +120,8 @@ def from_amdgcn(assembly: str) -> dict:
 
     return {
         "registers": figure("vgpr_count"),
-        "spill": figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        # Scalar registers spill into lanes of a vector register; where they reach memory, the scratch size says so.
+        "spill": figure("vgpr_spill_count"),
         "scratch": figure("private_segment_fixed_size"),
         "warnings": (),
     }
