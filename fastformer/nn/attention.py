@@ -14,6 +14,7 @@ from fastformer.nn.counters import count_fallback, count_fused, count_host_read
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
+from fastformer.ops.backend import backend_for
 
 
 @stands_for(torch.nn.MultiheadAttention)
@@ -145,6 +146,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask = None if attn_mask is None else F.pad(attn_mask, (0, added))
         elif attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape[0] == attn_mask.shape[1]:
             is_causal = is_causal or made_causal(attn_mask)
+        if is_causal and key_padding_mask is not None and backend_for(q.device) == "torch":
+            # PyTorch's operator takes a mask or is_causal, not both; the given mask says the same.
+            is_causal = False
         batch = q.shape[0]
         mask = merge_masks(key_padding_mask, None if is_causal else attn_mask, batch, self.num_heads, query.dtype)
         dropout_p = self.dropout if self.training else 0.0
