@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastformer import ops
 from fastformer.nn.cache import AttentionCache
-from fastformer.nn.counters import count_fallback, count_fused, count_host_read
+from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
@@ -179,8 +179,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
 
     def _nested(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if query.device.type != "cpu":
-            count_host_read()
         (q, k, v), places = unbind_nested((query, key, value))
         return rebuild_nested(self._packed(q, k, v, PackedKeys(places[0], places[1]), False), query)
 

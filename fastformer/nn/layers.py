@@ -12,7 +12,7 @@ from torch import Tensor
 from fastformer import ops
 from fastformer.nn.attention import MultiheadAttention
 from fastformer.nn.cache import AttentionCache
-from fastformer.nn.counters import count_fallback, count_fused, count_host_read
+from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.norm import is_plain_dropout, is_plain_norm
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import has_hooks, runs_ours, stands_for, use_our_parts
@@ -49,9 +49,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         count_fused("TransformerEncoderLayer")
         if src.is_nested:
-            if src.device.type != "cpu":
-                count_host_read()
-            (flat, *_), (place, *_) = unbind_nested((src,))
+            (flat,), (place,) = unbind_nested((src,))
             return rebuild_nested(self._fused(flat, None, PackedKeys(place, place), is_causal), src)
         keys = src_key_padding_mask
         return self._fused(src, src_mask, PackedKeys(keys, keys) if isinstance(keys, Packing) else keys, is_causal)

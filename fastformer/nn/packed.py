@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastformer.nn.counters import count_host_read
 from fastformer.nn.parts import has_hooks
 from fastformer.ops.packing import Packing
 
@@ -54,6 +55,8 @@ def unbind_nested(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tupl
 
     The same tensor given twice comes back as the same tensor, since projections make use of it.
     """
+    if tensors[0].device.type != "cpu":
+        count_host_read()
     done: dict[int, tuple[Tensor, Packing]] = {}
     for tensor in tensors:
         if id(tensor) not in done:

@@ -13,7 +13,7 @@ from fastformer.nn.counters import count_fallback, count_fused, count_host_read
 from fastformer.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, why_not_packed
 from fastformer.nn.masks import generate_square_subsequent_mask, is_causal_mask, is_mask, is_tracing
 from fastformer.nn.norm import LayerNorm, RMSNorm
-from fastformer.nn.packed import hooked, unwrap
+from fastformer.nn.packed import hooked, rebuild_nested, unbind_nested, unwrap
 from fastformer.nn.parts import runs, runs_ours, stands_for, use_our_parts
 from fastformer.ops.packing import Packing
 
@@ -55,14 +55,17 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if not all(runs_ours(unwrap(layer), TransformerEncoderLayer) for layer in self.layers):
             count_fallback("TransformerEncoder", "a layer of another class")
             return super().forward(src, mask, src_key_padding_mask, is_causal)
+        if src.is_nested and mask is None and src_key_padding_mask is None and not self.why_not_packed():
+            count_fused("TransformerEncoder")
+            (flat,), (place,) = unbind_nested((src,))
+            return rebuild_nested(self._packed(flat, place, False), src)
         first = _first_attention(self)
         batch_first = first.batch_first
         seqlen = 0 if src.is_nested else src.shape[0 if src.ndim == 2 or not batch_first else 1]
         is_causal = is_causal_mask(mask, is_causal, seqlen)
         if src_key_padding_mask is not None and (self.fastformer_unpad if unpad is None else unpad):
             reason = self.why_not_packed() or _why_not_batch(src, src_key_padding_mask, first)
-            if mask is not None and not is_causal:
-                reason = reason or "mask is not known to be causal"
+            reason = reason or _why_not_causal(mask, is_causal)
             if not reason:
                 count_fused("TransformerEncoder")
                 (packing,) = _plan(src_key_padding_mask)
@@ -169,7 +172,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if padded and (self.fastformer_unpad if unpad is None else unpad):
             reason = self.why_not_packed() or _why_not_batch(tgt, tgt_key_padding_mask, first)
             reason = reason or _why_not_batch(memory, memory_key_padding_mask, first)
-            reason = reason or _why_not_masks(tgt_mask, causal, memory_mask, memory_is_causal)
+            reason = reason or _why_not_causal(tgt_mask, causal) or _why_not_memory(memory_mask, memory_is_causal)
             if not reason and tgt.shape[0 if batch_first else 1] != memory.shape[0 if batch_first else 1]:
                 reason = "tgt and memory are not one batch"
             if not reason:
@@ -268,8 +271,9 @@ class Transformer(torch.nn.Transformer):
             if not (
                 _why_not_batch(src, src_key_padding_mask, _first_attention(self.encoder))
                 or _why_not_batch(tgt, tgt_key_padding_mask, _first_attention(self.decoder))
-                or _why_not_masks(tgt_mask, tgt_causal, memory_mask, memory_is_causal)
-                or (src_mask is not None and not src_causal)
+                or _why_not_causal(src_mask, src_causal)
+                or _why_not_causal(tgt_mask, tgt_causal)
+                or _why_not_memory(memory_mask, memory_is_causal)
             ):
                 own, other = _plan_pair(tgt, src, tgt_key_padding_mask, src_key_padding_mask, self.batch_first)
                 if not self.batch_first:
@@ -360,12 +364,15 @@ def _why_not_batch(x: Tensor, mask: Tensor | Packing | None, attention: Any) -> 
     return ""
 
 
-def _why_not_masks(tgt_mask: Tensor | None, causal: bool, memory_mask: Tensor | None, memory_is_causal: bool) -> str:
-    if tgt_mask is None and causal:
-        return "input that torch.nn refuses"
-    if tgt_mask is not None and not causal:
-        return "tgt_mask is not known to be causal"
-    return "memory_mask" if memory_mask is not None or memory_is_causal else ""
+def _why_not_causal(mask: Tensor | None, causal: bool) -> str:
+    """Reason why a self-attention's mask keeps tokens from being packed, or ""."""
+    if mask is None:
+        return "input that torch.nn refuses" if causal else ""
+    return "" if causal else "the mask is not known to be causal"
+
+
+def _why_not_memory(mask: Tensor | None, causal: bool) -> str:
+    return "memory_mask" if mask is not None or causal else ""
 
 
 def _plan(*masks: Any) -> list[Packing]:

@@ -79,7 +79,7 @@ def test_a_batch_without_padding_runs_dense(monkeypatch):
             {"src_key_padding_mask": torch.zeros(B, S).masked_fill(SRC, -torch.inf)},
             "a key padding mask is not bool",
         ),
-        ("", {"src_key_padding_mask": SRC, "mask": torch.zeros(S, S)}, "mask is not known to be causal"),
+        ("", {"src_key_padding_mask": SRC, "mask": torch.zeros(S, S)}, "the mask is not known to be causal"),
         ("hook", {"src_key_padding_mask": SRC}, "a hook would see packed tensors"),
         ("forward", {"src_key_padding_mask": SRC}, "a hook would see packed tensors"),
         ("norm", {"src_key_padding_mask": SRC}, "norm does not work token by token"),
@@ -216,3 +216,30 @@ def test_a_whole_sequence_of_padding():
     assert torch.isfinite(x.grad).all()
     everything = torch.ones(B, S, dtype=torch.bool)
     assert torch.all(ours(x, src_key_padding_mask=everything) == 0)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_through_an_encoder_in_training(layout):
+    stock, ours = encoders()
+    parts = [torch.randn(n, E) for n in (3, 7, 1)]
+    fnn.reset_count()
+    out = ours(torch.nested.nested_tensor(parts, layout=layout))
+    assert not fnn.count().fallback
+    assert fnn.count().fused["TransformerEncoder"] == 1
+    assert out.layout == layout
+    for got, part in zip(out.unbind(), parts, strict=True):
+        torch.testing.assert_close(got, stock(part[None])[0], rtol=1e-5, atol=2e-5)
+
+
+def test_a_causal_hint_without_a_mask_is_refused_as_by_stock():
+    for model in encoders():
+        with pytest.raises(RuntimeError, match="Need attn_mask"):
+            model(torch.randn(B, S, E), src_key_padding_mask=SRC, is_causal=True)
+    for model in decoders():
+        with pytest.raises(RuntimeError, match="Need attn_mask"):
+            model(torch.randn(B, T, E), torch.randn(B, S, E), memory_key_padding_mask=SRC, tgt_is_causal=True)
+    for model in pair(torch.nn.Transformer, fnn.Transformer, E, H, 1, 1, **OPTIONS, batch_first=True):
+        masks = {"src_key_padding_mask": SRC, "memory_key_padding_mask": SRC}
+        for hint in ("src_is_causal", "tgt_is_causal"):
+            with pytest.raises(RuntimeError, match="Need attn_mask"):
+                model(torch.randn(B, S, E), torch.randn(B, T, E), **masks, **{hint: True})
