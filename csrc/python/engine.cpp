@@ -272,6 +272,22 @@ PyObject* decode(PyObject* self, PyObject* args) {
     });
 }
 
+PyObject* lengths(PyObject* self, PyObject* object) {
+    return guarded([&]() -> PyObject* {
+        Buffer ids(object);
+        IdBuffer out;
+        uint32_t* to = out.room(ids.count());
+        for (size_t i = 0; i < ids.count(); i++) {
+            to[i] = static_cast<uint32_t>(engine_of(self).vocab.bytes_of(ids.numbers()[i]).size);
+            if (!to[i]) {
+                Ref id(PyLong_FromUnsignedLong(ids.numbers()[i]));
+                bad_id(id.get());
+            }
+        }
+        return number_array(to, ids.count());
+    });
+}
+
 PyObject* token_id(PyObject* self, PyObject* object) {
     return guarded([&]() -> PyObject* {
         Buffer bytes(object);
@@ -356,6 +372,7 @@ PyMethodDef methods[] = {
     {"count", count, METH_VARARGS, "count(text, pattern) -> number of ids"},
     {"scan", scan, METH_VARARGS, "scan(text, pattern, isa) -> ends of the pretokens, uint32"},
     {"decode", decode, METH_VARARGS, "decode(ids) -> bytes"},
+    {"lengths", lengths, METH_O, "lengths(ids) -> bytes of each id, uint32"},
     {"token_id", token_id, METH_O, "token_id(bytes) -> id or None"},
     {"merges", merges, METH_NOARGS, "merges() -> (left, right, merged) ids in the order of rank, uint32"},
     {nullptr, nullptr, 0, nullptr},
