@@ -368,7 +368,7 @@ def _why_not_causal(mask: Tensor | None, causal: bool) -> str:
     """Reason why a self-attention's mask keeps tokens from being packed, or ""."""
     if mask is None:
         return "input that torch.nn refuses" if causal else ""
-    return "" if causal else "the mask is not known to be causal"
+    return "" if causal else "the mask is not known to be causal (pass is_causal=True)"
 
 
 def _why_not_memory(mask: Tensor | None, causal: bool) -> str:

@@ -79,7 +79,11 @@ def test_a_batch_without_padding_runs_dense(monkeypatch):
             {"src_key_padding_mask": torch.zeros(B, S).masked_fill(SRC, -torch.inf)},
             "a key padding mask is not bool",
         ),
-        ("", {"src_key_padding_mask": SRC, "mask": torch.zeros(S, S)}, "the mask is not known to be causal"),
+        (
+            "",
+            {"src_key_padding_mask": SRC, "mask": torch.zeros(S, S)},
+            "the mask is not known to be causal (pass is_causal=True)",
+        ),
         ("hook", {"src_key_padding_mask": SRC}, "a hook would see packed tensors"),
         ("forward", {"src_key_padding_mask": SRC}, "a hook would see packed tensors"),
         ("norm", {"src_key_padding_mask": SRC}, "norm does not work token by token"),
