@@ -70,7 +70,8 @@ def test_patch_and_back_leave_nothing():
     before = [(type(m), set(m.__dict__)) for m in model.modules()]
     report = ff.patch(model)
     names = [what for _, what in report.replaced]
-    assert len(names) == 1 + 2 + 2 + 3
+    # The stacks, two layers, three attentions; a norm for each of them and each stack.
+    assert len(names) == 1 + 2 + 2 + 3 + (2 + 3 + 2)
     assert report.unpad.startswith("removed")
     again = ff.patch(model)
     assert again.replaced == report.replaced
@@ -221,8 +222,7 @@ def test_per_sample_gradients():
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4)
 
 
-@both
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(("patched", "norm_first"), [(True, True), (False, False)], ids=["patched", "ours"])
 def test_compile_without_graph_breaks(patched, norm_first):
     stock, ours = models(patched, norm_first=norm_first)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -255,3 +255,28 @@ def test_quantized_by_torchao(patched):
 def test_bfloat16_and_meta_device():
     ours = fnn.Transformer(E, H, 1, 1, **OPTIONS, device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in ours.parameters())
+
+
+def test_patch_of_a_model_of_ones_own():
+    """Attention and norms used outside of torch.nn's layers, and back."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(E)
+            self.attention = torch.nn.MultiheadAttention(E, H, batch_first=True)
+            self.last = torch.nn.LayerNorm(E)
+
+        def forward(self, x):
+            n = self.norm(x)
+            return self.last(x + self.attention(n, n, n, need_weights=False)[0])
+
+    stock = Block()
+    shake(stock)
+    model = copy.deepcopy(stock)
+    assert [path for path, _ in ff.patch(model).replaced] == ["norm", "attention", "last"]
+    fnn.reset_count()
+    assert_same(stock, model, [batch()[0]], lambda m, x: m(x))
+    assert fnn.count().fused == {"RMSNorm": 1, "MultiheadAttention": 1, "LayerNorm": 1}
+    assert ff.unpatch(model) == 3
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]

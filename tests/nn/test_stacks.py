@@ -36,7 +36,7 @@ def encoders(batch_first=True, norm=True, **options):
     stock = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(E) if norm else None, enable_nested_tensor=False)
     shake(stock)
     ours = copy.deepcopy(stock)
-    assert len(ff.patch(ours).replaced) == 5
+    ff.patch(ours)
     return stock, ours
 
 
@@ -135,7 +135,7 @@ def decoders(batch_first=True, norm_first=False):
     stock = torch.nn.TransformerDecoder(layer, 2, torch.nn.LayerNorm(E))
     shake(stock)
     ours = copy.deepcopy(stock)
-    assert len(ff.patch(ours).replaced) == 7
+    ff.patch(ours)
     return stock, ours
 
 

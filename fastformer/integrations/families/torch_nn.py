@@ -20,3 +20,10 @@ RULES = {
     f"{_LAYERS}.TransformerDecoder": Rule(fnn.TransformerDecoder, "decoder without padding", removes_padding=True),
     f"{_LAYERS}.Transformer": Rule(fnn.Transformer, "encoder-decoder without padding", removes_padding=True),
 }
+
+# Replaced where no Hugging Face model is around them: a family's own table says what becomes of its norms.
+_NORMS = "torch.nn.modules.normalization"
+NORMS = {
+    f"{_NORMS}.LayerNorm": Rule(fnn.LayerNorm, "fused LayerNorm"),
+    f"{_NORMS}.RMSNorm": Rule(fnn.RMSNorm, "fused RMSNorm"),
+}
