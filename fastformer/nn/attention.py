@@ -14,6 +14,7 @@ from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
+from fastformer.ops.attention import attention_weights
 from fastformer.ops.backend import backend_for
 
 
@@ -22,8 +23,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: same arguments, initialisation, state_dict, results and errors.
 
     Runs fused in training as in inference, with any combination of arguments and masks, and with nested tensors in
-    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Two things
-    take the stock arithmetic and are counted: weights that dropout was applied to, and input that torch.nn refuses.
+    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Three things
+    take the stock arithmetic and are counted: weights (need_weights=True, the default) that need a gradient or were
+    dropped from, and input that torch.nn refuses. Weights without a gradient take the memory of the result alone.
     """
 
     def forward(
@@ -89,7 +91,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> str:
         if need_weights:
-            return "need_weights=True"
+            if self.dropout and self.training:
+                return "weights after dropout"
+            # Maps at flash memory have no derivative; torch.nn's have, and some losses use it.
+            tensors = (query, key, attn_mask, *self.parameters())
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+                return "weights with a gradient"
         # Whatever torch.nn refuses goes to torch.nn, which says why in its own words.
         refused = "input that torch.nn refuses"
         if query.is_nested or key.is_nested or value.is_nested:
@@ -155,9 +162,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         weights = None
         if need_weights:
             out, lse = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, return_lse=True)
-            weights = ops.attention_weights(
+            weights = attention_weights(
                 q, k, lse, attn_mask=mask, is_causal=is_causal, average_heads=average_attn_weights
-            )
+            ).to(out.dtype)
         else:
             out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
         return self._project_out(out, seq_first), weights

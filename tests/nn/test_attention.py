@@ -68,6 +68,45 @@ def test_float_mask_gets_its_gradient():
     fused_once()
 
 
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}])
+@torch.no_grad()
+def test_weights_equal_stock(masks, average, options):
+    stock, ours = pair(torch.nn.MultiheadAttention, fnn.MultiheadAttention, E, H, **options)
+    q, k = (torch.randn(B, S, E) if "batch_first" in options else torch.randn(S, B, E) for _ in range(2))
+    fnn.reset_count()
+    got = ours(q, k, k, average_attn_weights=average, **masks)
+    fused_once()
+    want = stock(q, k, k, average_attn_weights=average, **masks)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_of_a_row_that_sees_nothing_are_zero():
+    _, ours = pair(torch.nn.MultiheadAttention, fnn.MultiheadAttention, E, H, batch_first=True)
+    out, weights = ours(*[torch.randn(B, S, E)] * 3, key_padding_mask=torch.ones(B, S, dtype=torch.bool))
+    assert torch.all(weights == 0)
+    torch.testing.assert_close(out, ours.out_proj.bias.expand(B, S, E))
+
+
+@pytest.mark.parametrize(("dropout", "reason"), [(0.0, "weights with a gradient"), (0.3, "weights after dropout")])
+def test_weights_that_training_needs_are_stocks(dropout, reason):
+    stock, ours = pair(torch.nn.MultiheadAttention, fnn.MultiheadAttention, E, H, dropout=dropout)
+    x = torch.randn(S, B, E)
+    results = []
+    for m in (stock, ours):
+        fnn.reset_count()
+        torch.manual_seed(2)
+        out, weights = m(x, x, x)
+        (grad,) = torch.autograd.grad(weights.square().sum(), m.in_proj_weight)
+        results.append((out, weights, grad))
+    assert fnn.count().fallback == {("MultiheadAttention", reason): 1}
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_in_and_out_with_gradients(layout):
     stock, ours = pair(torch.nn.MultiheadAttention, fnn.MultiheadAttention, E, H, batch_first=True)

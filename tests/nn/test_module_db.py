@@ -83,7 +83,11 @@ def test_module_db(name, training, dtype):
         else:
             assert ran[name] >= 1, f"case {number} did not run fused"
         if more:
-            torch.testing.assert_close(ours(*args, **kwargs), stock(*args, **kwargs), equal_nan=True, **FORWARD[dtype])
+            fnn.reset_count()
+            with torch.no_grad():
+                both = [m(*args, **kwargs) for m in (ours, stock)]
+            assert fnn.count().fused == {name: 1}
+            torch.testing.assert_close(*both, **FORWARD[dtype])
         if case.reference_fn is not None:
             want = case.reference_fn(ours, *args, **kwargs)
             got = ours(*args, **kwargs)
