@@ -74,8 +74,12 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
     unpatch(model)
     report = PatchReport(type(model).__name__)
     unpads = False
+    theirs: list[str] = []
     for path, module in model.named_modules():
-        rule = families.RULES.get(class_path(module))
+        if class_path(module).startswith("transformers."):
+            theirs.append(path)
+        in_transformers = any(not root or path == root or path.startswith(f"{root}.") for root in theirs)
+        rule = families.rule_for(module, in_transformers)
         if rule is None:
             continue
         reason = rule.why_not(module)

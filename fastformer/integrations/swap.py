@@ -29,6 +29,8 @@ def _swapped_class(original: type, behaviour: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return behaviour.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
+    # By which a neighbour knows whose forward this is.
+    forward.fastformer_behaviour = behaviour  # type: ignore[attr-defined]
     swapped = type(
         original.__name__,
         (behaviour, original),

@@ -4,8 +4,27 @@ A call that the fused path cannot do takes the stock arithmetic and is counted: 
 """
 
 from fastformer.nn.attention import MultiheadAttention
+from fastformer.nn.cache import AttentionCache, KVCache
 from fastformer.nn.counters import count, reset_count
-from fastformer.nn.norm import AddLayerNorm, LayerNorm
-from fastformer.nn.transformer import TransformerEncoderLayer
+from fastformer.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
+from fastformer.nn.masks import generate_square_subsequent_mask
+from fastformer.nn.norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from fastformer.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
-__all__ = ["AddLayerNorm", "LayerNorm", "MultiheadAttention", "TransformerEncoderLayer", "count", "reset_count"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "AttentionCache",
+    "KVCache",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "count",
+    "generate_square_subsequent_mask",
+    "reset_count",
+]

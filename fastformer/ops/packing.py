@@ -51,25 +51,60 @@ class Packing:
         Raises:
             ValueError: mask does not have two dimensions.
         """
-        if mask.ndim != 2:
-            raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
-        batch, seqlen = mask.shape
-        real = mask != 0
+        return Packing.from_masks(mask)[0]
+
+    @staticmethod
+    def from_masks(*masks: Tensor) -> list[Packing]:
+        """Packings of several batches on one device (source and target of a translation), for one host read in all.
+
+        Args:
+            masks: [batch, seqlen] each, bool or number.
+
+        Raises:
+            ValueError: a mask does not have two dimensions.
+        """
+        for mask in masks:
+            if mask.ndim != 2:
+                raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
+        real = [mask != 0 for mask in masks]
+        counts = [r.sum(dim=1) for r in real]
         # The one wait for the device: lengths decide the shapes of everything that follows.
-        lengths = real.sum(dim=1).tolist()
+        lengths = (counts[0] if len(counts) == 1 else torch.cat(counts)).tolist()
+        packings = []
+        for r in real:
+            packings.append(_from_real(r, lengths[: r.shape[0]]))
+            del lengths[: r.shape[0]]
+        return packings
+
+    @staticmethod
+    def whole(batch: int, seqlen: int, device: torch.device) -> Packing:
+        """Packing of a batch that has no padding: packing and padding are views."""
+        tokens = batch * seqlen
+        cu_seqlens = torch.arange(0, tokens + 1, max(1, seqlen), dtype=torch.int32, device=device)
+        if seqlen == 0:
+            cu_seqlens = cu_seqlens.new_zeros(batch + 1)
+        indices = torch.arange(tokens, device=device)
+        return Packing(indices, cu_seqlens, seqlen, batch, seqlen, tokens, tokens)
+
+    @staticmethod
+    def from_lengths(lengths: list[int], device: torch.device) -> Packing:
+        """Packing of a batch of known lengths, padded on the right to the longest; nothing is read."""
+        seqlen = max(lengths, default=0)
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+        places = [torch.arange(i * seqlen, i * seqlen + n) for i, n in enumerate(lengths)]
+        indices = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
         tokens = sum(lengths)
-        multiple = GPU_TOKEN_MULTIPLE if mask.device.type == "cuda" else 1
-        rows = -(-tokens // multiple) * multiple
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        flat = real.flatten()
-        if mask.device.type == "cpu":
-            indices = flat.nonzero().squeeze(1)
-        else:
-            # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
-            indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
-            cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
-        return Packing(indices, cu_seqlens, max(lengths, default=0), batch, seqlen, tokens, rows)
+        return Packing(indices.to(device), ends.to(device, torch.int32), seqlen, len(lengths), seqlen, tokens, tokens)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether the padded batch holds more than real tokens."""
+        return self.tokens < self.batch * self.seqlen
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether neither the batch nor a packed tensor holds more than real tokens: both are then the same rows."""
+        return self.rows == self.batch * self.seqlen and not self.has_padding
 
     def positions(self) -> Tensor:
         """Place of each packed token in its own sequence of the padded batch: int64 [1, rows]."""
@@ -81,14 +116,33 @@ class Packing:
         """[batch, seqlen, ...] to [rows, ...]; surplus rows are zero."""
         if padded.shape[:2] != (self.batch, self.seqlen):
             raise ValueError(f"padded must have shape ({self.batch}, {self.seqlen}, ...), got {tuple(padded.shape)}")
-        return _Pack.apply(padded.flatten(0, 1), self.indices, self.rows)
+        flat = padded.flatten(0, 1)
+        return flat if self.is_whole else _Pack.apply(flat, self.indices, self.rows)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[rows, ...] to [batch, seqlen, ...]; places without a token are zero."""
         if packed.shape[0] != self.rows:
             raise ValueError(f"packed must have {self.rows} rows, got shape {tuple(packed.shape)}")
-        flat = _Pad.apply(packed, self.indices, self.batch * self.seqlen)
+        flat = packed if self.is_whole else _Pad.apply(packed, self.indices, self.batch * self.seqlen)
         return flat.unflatten(0, (self.batch, self.seqlen))
+
+
+def _from_real(real: Tensor, lengths: list[int]) -> Packing:
+    """Packing of bool [batch, seqlen], whose rows are known to hold so many tokens."""
+    batch, seqlen = real.shape
+    tokens = sum(lengths)
+    multiple = GPU_TOKEN_MULTIPLE if real.device.type == "cuda" else 1
+    rows = -(-tokens // multiple) * multiple
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+    flat = real.flatten()
+    if real.device.type == "cpu":
+        indices = flat.nonzero().squeeze(1)
+    else:
+        # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
+        indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
+        cu_seqlens = cu_seqlens.to(real.device, non_blocking=True)
+    return Packing(indices, cu_seqlens, max(lengths, default=0), batch, seqlen, tokens, rows)
 
 
 def _gather(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
@@ -110,13 +164,13 @@ class _Pack(torch.autograd.Function):
         return _gather(flat, indices, rows)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output) -> None:
         flat, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.size = flat.shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
         return _Pad.apply(grad, indices, ctx.size), None, None
 
@@ -127,12 +181,12 @@ class _Pad(torch.autograd.Function):
         return _scatter(packed, indices, size)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output) -> None:
         packed, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.rows = packed.shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
         return _Pack.apply(grad, indices, ctx.rows), None, None

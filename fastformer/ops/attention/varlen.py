@@ -92,18 +92,20 @@ def attention_varlen(
     extras = (alibi_slopes, sinks, dropout_seed)
     if query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras):
         seed = draw_seed(query.device) if dropout_p else None
-        out, _ = packed_cpu(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            options.dropout_p,
-            options.is_causal,
-            options.bottom_right,
-            options.scale,
-            seed,
-        )
+        # Under autocast PyTorch would round the fp32 scores inside to half precision.
+        with torch.autocast("cpu", enabled=False):
+            out, _ = packed_cpu(
+                query,
+                key,
+                value,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                options.dropout_p,
+                options.is_causal,
+                options.bottom_right,
+                options.scale,
+                seed,
+            )
         return out
     out, lse = varlen_reference(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras

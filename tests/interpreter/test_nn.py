@@ -1,0 +1,61 @@
+"""Modules of fastformer.nn over the kernels in Triton's interpreter, against torch.nn.
+
+TRITON_INTERPRET=1 FASTFORMER_BACKEND=triton python -m pytest tests/interpreter
+"""
+
+import copy
+
+import pytest
+import torch
+
+import fastformer as ff
+import fastformer.nn as fnn
+
+B, S, T, E, H = 2, 6, 4, 32, 2
+SRC = torch.arange(S) >= torch.tensor([6, 3])[:, None]
+TGT = torch.arange(T) >= torch.tensor([2, 4])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def _needs_interpreter(interpreting):
+    if not interpreting:
+        pytest.skip("runs in Triton's interpreter only")
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_decoder(norm_first):
+    torch.manual_seed(0)
+    stock = torch.nn.Transformer(E, H, 1, 1, 24, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    ours = copy.deepcopy(stock)
+    ff.patch(ours)
+    inputs = [torch.randn(B, S, E), torch.randn(B, T, E)]
+    masks = {"src_key_padding_mask": SRC, "tgt_key_padding_mask": TGT, "memory_key_padding_mask": SRC}
+    causal = fnn.generate_square_subsequent_mask(T)
+    results = []
+    fnn.reset_count()
+    for model in (stock, ours):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = model(*leaves, tgt_mask=causal, **masks)[~TGT]
+        out.square().sum().backward()
+        results.append([out, *(t.grad for t in leaves), *(p.grad for p in model.parameters())])
+    assert fnn.count().fused["MultiheadAttention"] == 3
+    assert not fnn.count().fallback
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_drawn_once_for_both_ways():
+    """With the seed kept, the same elements drop in forward and backward: the derivative is the function's."""
+    torch.manual_seed(0)
+    layer = fnn.TransformerEncoderLayer(E, H, 24, 0.3, batch_first=True)
+    x = torch.randn(B, S, E, requires_grad=True)
+    # A norm's sum of squares hardly moves; a fixed mixture of its outputs does.
+    direction, mixture = torch.randn_like(x), torch.randn_like(x)
+    values = []
+    for shift in (-1e-3, 1e-3):
+        torch.manual_seed(1)
+        values.append((layer(x.detach() + shift * direction) * mixture).sum().item())
+    torch.manual_seed(1)
+    (grad,) = torch.autograd.grad((layer(x) * mixture).sum(), x)
+    slope = (values[1] - values[0]) / 2e-3
+    assert abs(slope - (grad * direction).sum().item()) < 0.02 * max(1.0, abs(slope))
