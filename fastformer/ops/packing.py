@@ -29,6 +29,8 @@ class Packing:
         batch, seqlen: shape of the padded batch.
         tokens: number of real tokens, `cu_seqlens[-1]` as a host number.
         rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
+        starts_real: whether the first place of every padded row that has real tokens is one of them.
+        contiguous: whether the real tokens of every padded row stand side by side.
     """
 
     indices: Tensor
@@ -38,6 +40,8 @@ class Packing:
     seqlen: int
     tokens: int
     rows: int
+    starts_real: bool = True
+    contiguous: bool = True
 
     @staticmethod
     def from_mask(mask: Tensor) -> Packing:
@@ -56,7 +60,11 @@ class Packing:
         batch, seqlen = mask.shape
         real = mask != 0
         # The one wait for the device: lengths decide the shapes of everything that follows.
-        lengths = real.sum(dim=1).tolist()
+        rises = real[:, 1:] & ~real[:, :-1]
+        facts = torch.stack((real.sum(dim=1), real[:, :1].sum(dim=1), rises.sum(dim=1)), dim=1).tolist()
+        lengths = [length for length, _, _ in facts]
+        starts_real = all(first or not length for length, first, _ in facts)
+        contiguous = all(first + risen <= 1 for _, first, risen in facts)
         tokens = sum(lengths)
         multiple = GPU_TOKEN_MULTIPLE if mask.device.type == "cuda" else 1
         rows = -(-tokens // multiple) * multiple
@@ -69,7 +77,8 @@ class Packing:
             # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
             indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
             cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
-        return Packing(indices, cu_seqlens, max(lengths, default=0), batch, seqlen, tokens, rows)
+        longest = max(lengths, default=0)
+        return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous)
 
     def positions(self) -> Tensor:
         """Place of each packed token in its own sequence of the padded batch: int64 [1, rows]."""
