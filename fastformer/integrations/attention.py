@@ -119,6 +119,8 @@ def attention_forward(
     )
     if wants_weights:
         raise NotImplementedError("output_attentions")
+    if plan is not None and plan.keys is not None:
+        return _across(query, key, value, plan, options), None
     if packing is not None:
         if position_bias is not None:
             return _biased(query, key, value, packing, position_bias, options), None
@@ -185,9 +187,24 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, options
     return ops.attention_varlen(query, key, value, lengths, lengths, longest, longest, **options)
 
 
+def _across(query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: dict[str, Any]) -> Tensor:
+    """Cross-attention of packed or padded queries to packed keys; a bias between the two sides there is none."""
+    assert plan.keys is not None
+    batch, _, length, _ = query.shape
+    k, v = (t.transpose(1, 2).squeeze(0) for t in (key, value))
+    q = query.transpose(1, 2).flatten(0, 1)
+    if plan.packing is not None:
+        lengths, longest = plan.packing.cu_seqlens, plan.packing.max_seqlen
+    else:
+        lengths = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+        longest = length
+    out = ops.attention_varlen(q, k, v, lengths, plan.keys.cu_seqlens, longest, plan.keys.max_seqlen, **options)
+    return out.unflatten(0, (batch, length))
+
+
 def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor | None:
     """Attention of a padded batch to itself, without its padding; None if it has none or windows forbid."""
-    packing = _remembered(mask, lambda: packing_from_mask(mask))
+    packing = packing_from_mask(mask)
     if packing is None or (options["window"] is not None and not packing.contiguous):
         return None
     q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))

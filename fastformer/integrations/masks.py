@@ -100,7 +100,7 @@ def _plan(call: dict[str, Any], pattern: _Pattern) -> Plan:
     mask, offset = call.get("attention_mask"), call.get("kv_offset", 0)
     if mask is not None:
         mask = mask[:, offset : offset + call["kv_length"]] != 0
-    return Plan(packing, mask, pattern.causal, window)
+    return Plan(packing, mask, causal=pattern.causal, window=window)
 
 
 def _query_length(call: dict[str, Any]) -> int:

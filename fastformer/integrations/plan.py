@@ -26,6 +26,7 @@ class Plan:
     Attributes:
         packing: where the packed tokens come from, or None if the batch keeps its padding.
         mask: bool [batch, seqlen], True at real keys, for a batch that keeps its padding; None if it has none.
+        keys: where packed keys come from, for cross-attention; None: from the same packing as the queries.
         causal: whether a query sees only itself and what is before it; None: as the attention module says.
         window: (left, right), how far from itself a query sees; None: as the attention module says.
         weights: attention modules append their weights here if it is a list (`output_attentions`).
@@ -33,6 +34,7 @@ class Plan:
 
     packing: Packing | None = None
     mask: Tensor | None = None
+    keys: Packing | None = None
     causal: bool | None = None
     window: tuple[int, int] | None = None
     weights: list[Tensor] | None = None
@@ -69,11 +71,25 @@ def plan_in(attention_mask: Any) -> Plan | None:
 
 
 def packing_from_mask(mask: Tensor) -> Packing | None:
-    """Packing of a [batch, seqlen] mask, or None if it hides nothing. Waits for the device once, and counts that."""
-    if mask.device.type != "cpu":
-        count_host_read()
-    packing = Packing.from_mask(mask)
+    """As `packing_of`, but None if the mask hides nothing."""
+    packing = packing_of(mask)
     return packing if packing.tokens < mask.numel() else None
+
+
+def packing_of(mask: Tensor) -> Packing:
+    """Packing of a [batch, seqlen] mask.
+
+    Waits for the device once a batch, and counts that: the packing is kept on the mask, until that is written to.
+    """
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "fastformer_packing", None)
+    if known is None or version is None or known[0] != version:
+        if mask.device.type != "cpu":
+            count_host_read()
+        known = (version, Packing.from_mask(mask))
+        mask.fastformer_packing = known  # type: ignore[attr-defined]
+    packing: Packing = known[1]
+    return packing
 
 
 def packing_from_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Packing:

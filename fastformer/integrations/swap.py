@@ -29,7 +29,7 @@ def _swapped_class(original: type, behaviour: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return behaviour.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    swapped = type(
+    swapped: Any = type(
         original.__name__,
         (behaviour, original),
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastformer.integrations.families import albert, bert, decoders, distilbert, norms, torch_nn
+from fastformer.integrations.families import albert, bert, decoders, distilbert, norms, seq2seq, torch_nn
 from fastformer.integrations.families.interface import uses_interface
 from fastformer.integrations.families.rule import Rule
 from fastformer.integrations.swap import class_path
@@ -16,10 +16,12 @@ RULES: dict[str, Rule] = {
     **albert.RULES,
     **norms.RULES,
     **decoders.RULES,
+    **seq2seq.RULES,
 }
 NAMES = (
     "torch.nn Transformer encoder layers and attention",
     "Hugging Face BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT, ALBERT, ModernBERT",
+    "T5, BART, mBART",
     "GPT-2, Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-OSS",
     "attention and norms of any other Hugging Face model",
 )

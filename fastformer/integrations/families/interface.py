@@ -41,7 +41,8 @@ class RoutedAttention:
 
 def _view(config: Any) -> Any:
     """The same configuration, attributes shared both ways, but for the attention implementation."""
-    view: Any = object.__new__(_view_class(type(config)))
+    cls: Any = type(config)
+    view: Any = object.__new__(_view_class(cls))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
 
@@ -79,19 +80,23 @@ class PackedModel:
         inputs = {name: call.get(name) for name in batch.PER_TOKEN if name in accepted}
         plan, pads = batch.plan_of(call, inputs, self.fastformer_unpad, self._has_windows(), self._pools_first)
         if plan.packing is not None:
-            inputs = batch.pack_inputs(inputs, plan.packing)
+            packed = batch.pack_inputs(inputs, plan.packing)
+            inputs = {name: value for name, value in packed.items() if name in accepted}
         call = {name: value for name, value in call.items() if name not in batch.LENGTHS}
         source = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         assert source is not None
         call.update(inputs)
         call.update(self._call_with(PlanMask.carrying(plan, source.device)))
         return_dict = call.pop("return_dict", None)
-        out = super().forward(**call, return_dict=True)  # type: ignore[misc]
+        out = self._run(call, plan)
         if pads:
             _pad_back(out, plan)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
         return out if return_dict else out.to_tuple()
+
+    def _run(self, call: dict[str, Any], plan: Plan) -> Any:
+        return super().forward(**call, return_dict=True)  # type: ignore[misc]
 
     def _call_with(self, mask: PlanMask) -> dict[str, Any]:
         """Arguments that bring the plan to the attention modules."""
