@@ -23,7 +23,7 @@ from fastformer.kernels.rows import TL_DTYPES, as_rows, row_count, shape_of_prog
 FORWARD_TILE_COLUMNS = 16384
 BACKWARD_TILE_COLUMNS = 8192
 BACKWARD_DROPOUT_COLUMNS = 4096
-LOOP_COLUMNS = 4096
+LOOP_COLUMNS = 2048
 
 
 @triton.jit
@@ -318,7 +318,7 @@ def norm_forward(
             shape = shape_of_program(aim, block_m * block_n, each, registers)
             _forward_tile[(triton.cdiv(rows, block_m),)](*args, *options, block_m, block_n, **shape)
         else:
-            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, **shape_of_program(aim, LOOP_COLUMNS, 8, 128))
+            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, **shape_of_program(aim, LOOP_COLUMNS, 8, 192))
     return y, z, stats
 
 
@@ -376,7 +376,7 @@ def norm_backward(
         _backward_loop[(rows,)](
             dy, dz, z, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
             threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS,
-            **shape_of_program(aim, LOOP_COLUMNS, 8, 128),
+            **shape_of_program(aim, LOOP_COLUMNS, 8, 192),
         )  # fmt: skip
         if partial is not None:
             _backward_columns[(triton.cdiv(n, 128), programs)](

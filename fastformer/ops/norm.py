@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastformer.ops.backend import backend_for
 from fastformer.ops.operator import Kernel, Operator
-from fastformer.ops.random import draw_seed, dropout_threshold, philox_keep
+from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -233,7 +233,7 @@ def _compose(
     """PyTorch's own operators: bit for bit the stock layer wherever stock accepts the dtypes."""
     total = input
     if residual is not None:
-        branch = dropout_reference(input, p, seed)
+        branch = dropout(input, p, seed)
         if row_scale is not None:
             branch = (branch * row_scale.unsqueeze(-1)).to(branch.dtype)
         total = (residual + branch).to(sum_dtype)
@@ -253,21 +253,6 @@ def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, ep
         weight, bias = (None if w is None else w.float() for w in (weight, bias))
     out = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
     return out.to(dtype) if mixed else out
-
-
-def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Stock dropout, or with a seed the kernels' own mask (which reads the seed on the host)."""
-    if seed is None or p == 0.0:
-        return F.dropout(input, p)
-    rows = torch.arange(input[..., :1].numel(), device=input.device).view(*input.shape[:-1], 1)
-    columns = torch.arange(input.shape[-1], device=input.device)
-    keep = philox_keep(int(seed), columns, rows, torch.zeros_like(columns), p, draws=4)
-    return torch.where(keep, input * keep_scale(p), 0.0)
-
-
-def keep_scale(p: float) -> float:
-    """Factor of a surviving element: 1 / (1 - p), and 0 for p = 1."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def _forward(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -24,6 +25,21 @@ def draw_seed(device: torch.device) -> Tensor:
 def dropout_threshold(p: float) -> int:
     """The 32-bit draw below which an element is dropped: P(draw < threshold) = p up to 2**-32."""
     return min(round(p * 2**32), 2**32 - 1)
+
+
+def keep_scale(p: float) -> float:
+    """Factor of a surviving element: 1 / (1 - p), and 0 for p = 1."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def dropout(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Stock dropout of rows (..., N), or with a seed the row kernels' own mask (which reads the seed on the host)."""
+    if seed is None or p == 0.0:
+        return F.dropout(input, p)
+    rows = torch.arange(input[..., :1].numel(), device=input.device).view(*input.shape[:-1], 1)
+    columns = torch.arange(input.shape[-1], device=input.device)
+    keep = philox_keep(int(seed), columns, rows, torch.zeros_like(columns), p, draws=4)
+    return torch.where(keep, input * keep_scale(p), 0.0)
 
 
 def philox_keep(seed: int | Tensor, column: Tensor, row: Tensor, plane: Tensor, p: float, draws: int = 1) -> Tensor:

@@ -1,10 +1,9 @@
 """Backward pass of attention in two kernels, without atomics: dQ, then dK and dV (Dao 2023).
 
-- The first walks over keys for a tile of queries and, on the way, stores delta = rowsum(dO * O) - dLSE, which the second
-  needs; the second walks over queries for a tile of keys, over all query heads that share them.
-- Both recompute the probabilities from the LSE. Hidden places are selected away from the scores' gradient, and NaN and
-  Inf of keys (and queries) leave the last product, where a hidden place would meet them as 0 * NaN; rows that do see
-  them carry NaN in their probabilities.
+- The first walks over keys for a tile of queries and, on the way, stores delta = rowsum(dO * O) - dLSE, which the
+  second needs; that one walks over queries for a tile of keys, over all query heads that share them.
+- Both recompute the probabilities from the LSE. Hidden places are selected away from the scores' gradient. Unsound
+  keys are left unread as in forward.
 """
 
 import torch
@@ -24,6 +23,8 @@ from fastformer.kernels.attention.score import (
     score_tile,
     sequence,
     slope_of,
+    sound_rows,
+    visible_keys,
 )
 
 
@@ -31,33 +32,42 @@ from fastformer.kernels.attention.score import (
 def _walk_keys(
     dq, q, do, delta, lse, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st, mask_q, mask_k,
     slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq what keys begin … end contribute."""
+    # The few tiles at the edges of a band are not worth the registers of a pipeline.
+    STAGES: tl.constexpr = 1 if CHECK and MASK is None else None
+    # Keys that only some rows of a tile see: their NaN and Inf must not meet the zero weights of the others.
+    SCAN: tl.constexpr = CHECK and (CAUSAL or LEFT or RIGHT or (MASK is not None and not KEY_MASK))
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     n = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
-        inside = column < k_len
-        k = tl.load(
-            K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :]),
-            mask=inside[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_D]
+        inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
+        k_place = K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :])
+        if SCAN:
+            sound = sound_rows(k_place, inside[:, None] & (d < HEAD_DIM)[None, :])
+            k = tl.load(k_place, mask=(inside & sound)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_place, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         v = tl.load(
             V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :]),
             mask=inside[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )  # [BLOCK_N, BLOCK_V]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if SCAN:
+            qk = tl.where(sound[None, :], qk, float("nan"))
         scores, seen, slack = score_tile(
-            qk, row[:, None], column[None, :], offset, q_len, k_len, MASK, mask_q, mask_k, slope, scale_in, scale_out,
-            left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, CHECK,
+            qk, row[:, None], column[None, :], (row < q_len)[:, None], inside[None, :],
+            key_bias[None, :] if KEY_MASK and not BOOL_MASK and CHECK else 0.0, offset, MASK, mask_q, mask_k, slope,
+            scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, CHECK,
         )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -66,7 +76,6 @@ def _walk_keys(
         ds = weights * (dp - delta[:, None]) * slack
         if CHECK:
             ds = tl.where(seen, ds, 0.0)
-            k = tl.where(tl.abs(k) < float("inf"), k, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -78,7 +87,8 @@ def _backward_query(
     l_sb, l_sh, dl_sb, dl_sh, dl_st, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -147,20 +157,20 @@ def _backward_query(
             dq = _walk_keys(
                 dq, q, do, delta, lse, K, V, MASK, begin, full_begin, row, row_start, offset, q_len, k_len, k_st, v_st,
                 mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-                CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+                CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
             )  # fmt: skip
         dq = _walk_keys(
             dq, q, do, delta, lse, K, V, MASK, full_begin, full_end, row, row_start, offset, q_len, k_len, k_st, v_st,
             mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-            CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, False, HEAD_DIM, VALUE_DIM,
+            CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, False, HEAD_DIM, VALUE_DIM,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
         begin = full_end
     dq = _walk_keys(
         dq, q, do, delta, lse, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st,
         mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-        CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+        CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
     )  # fmt: skip
     tl.store(
@@ -172,9 +182,11 @@ def _backward_query(
 
 @triton.jit
 def _walk_rows(
-    dk, dv_, k, v, Q, DO, LSE, DELTA, MASK, begin, end, column, column_start, offset, q_len, k_len, q_st, do_st,
+    dk, dv_, k, v, Q, DO, LSE, DELTA, MASK, begin, end, column, column_inside, key_bias, column_start, offset, q_len,
+    q_st, do_st,
     mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -187,6 +199,12 @@ def _walk_rows(
         start = tl.multiple_of(start, BLOCK_M)
         row = start + m
         inside = row < q_len
+        lse = tl.load(LSE + start.to(tl.int64) + m, mask=inside, other=float("inf"))
+        # A row with nothing to attend to has no probabilities (exp2(x - inf) = 0), and whatever it holds stays out.
+        empty = lse == float("-inf")
+        lse = tl.where(empty, float("inf"), lse * LOG2E)
+        if MASK is not None:
+            inside = inside & (lse != float("inf"))
         q = tl.load(
             Q + start.to(tl.int64) * q_st + (m[:, None] * q_st + d[None, :]),
             mask=inside[:, None] & (d < HEAD_DIM)[None, :],
@@ -197,13 +215,12 @@ def _walk_rows(
             mask=inside[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_V]
-        lse = tl.load(LSE + start.to(tl.int64) + m, mask=inside, other=float("inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         delta = tl.load(DELTA + start.to(tl.int64) + m, mask=inside, other=0.0)
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         scores, seen, slack = score_tile(
-            qk, row[None, :], column[:, None], offset, q_len, k_len, MASK, mask_q, mask_k, slope, scale_in, scale_out,
-            left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, CHECK,
+            qk, row[None, :], column[:, None], inside[None, :], column_inside[:, None],
+            key_bias[:, None] if KEY_MASK and not BOOL_MASK and CHECK else 0.0, offset, MASK, mask_q, mask_k, slope,
+            scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, CHECK,
         )  # fmt: skip
         weights = tl.exp2(scores - lse[None, :])
         if CHECK:
@@ -219,7 +236,6 @@ def _walk_rows(
         ds = weights * (dp - delta[None, :]) * slack
         if CHECK:
             ds = tl.where(seen, ds, 0.0)
-            q = tl.where(tl.abs(q) < float("inf"), q, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv_
 
@@ -231,7 +247,8 @@ def _backward_key(
     dv_sb, dv_sh, dv_st, l_sb, l_sh, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -287,34 +304,42 @@ def _backward_key(
         delta_of = DELTA + rows_of_head
         slope = slope_of(SLOPES, batch, head, slope_b)
         plane = batch * heads + head
+        mask_of = MASK
+        if MASK is not None:
+            mask_of = MASK + batch.to(tl.int64) * mask_b + q_head * mask_h
+        column_inside, key_bias = visible_keys(mask_of, column, k_len, mask_k, BOOL_MASK, KEY_MASK, True)
         if MASK is None:
             if CAUSAL or RIGHT:
                 dk, dv_ = _walk_rows(
-                    dk, dv_, k, v, q_of, do_of, lse_of, delta_of, MASK, begin, full_begin, column, column_start,
-                    offset, q_len, k_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold, keep_scale,
-                    scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True,
+                    dk, dv_, k, v, q_of, do_of, lse_of, delta_of, MASK, begin, full_begin, column, column_inside,
+                    key_bias, column_start, offset, q_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold,
+                    keep_scale,
+                    scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI,
+                    DROPOUT, True,
                     HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
                 )  # fmt: skip
             # Rows past the end count nothing: their LSE reads as inf.
             dk, dv_ = _walk_rows(
                 dk, dv_, k, v, q_of, do_of, lse_of, delta_of, MASK, full_begin, full_end if LEFT else end, column,
-                column_start, offset, q_len, k_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold,
-                keep_scale, scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI,
+                column_inside, key_bias, column_start, offset, q_len, q_st, do_st, mask_q, mask_k, slope, seed, plane,
+                threshold,
+                keep_scale, scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI,
                 DROPOUT, False, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
             )  # fmt: skip
             if LEFT:
                 dk, dv_ = _walk_rows(
-                    dk, dv_, k, v, q_of, do_of, lse_of, delta_of, MASK, full_end, end, column, column_start, offset,
-                    q_len, k_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in,
-                    scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True,
+                    dk, dv_, k, v, q_of, do_of, lse_of, delta_of, MASK, full_end, end, column, column_inside, key_bias,
+                    column_start, offset, q_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold,
+                    keep_scale, scale_in,
+                    scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True,
                     HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
                 )  # fmt: skip
         else:
-            mask_of = MASK + batch.to(tl.int64) * mask_b + q_head * mask_h
             dk, dv_ = _walk_rows(
-                dk, dv_, k, v, q_of, do_of, lse_of, delta_of, mask_of, begin, end, column, column_start, offset,
-                q_len, k_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in,
-                scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True,
+                dk, dv_, k, v, q_of, do_of, lse_of, delta_of, mask_of, begin, end, column, column_inside, key_bias,
+                column_start, offset, q_len, q_st, do_st, mask_q, mask_k, slope, seed, plane, threshold, keep_scale,
+                scale_in,
+                scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
             )  # fmt: skip
     tl.store(
@@ -344,7 +369,8 @@ def attention_backward(
     query, key, value = call.query, call.key, call.value
     dq, dk, dv = (call.empty_like(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    by_row, by_key = backward_config(targets.target_of(query.device), call)
+    target = targets.target_of(query.device)
+    by_row, by_key = backward_config(target, call)
     tokens_q, tokens_k = (query.shape[0], key.shape[0]) if call.packed else (0, 0)
     l_sb, l_sh = (0, tokens_q) if call.packed else (call.heads * call.q_len, call.q_len)
     if grad_lse is None:
@@ -361,8 +387,7 @@ def attention_backward(
             *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(out),
             *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_q, call.batch, *numbers,
-            **call.constants, BLOCK_M=by_row.block_m, BLOCK_N=by_row.block_n,
-            num_warps=by_row.warps, num_stages=by_row.stages,
+            **call.constants, **by_row.options(target),
         )  # fmt: skip
     if key.numel() or value.numel():
         tiles = max(1, triton.cdiv(call.k_len, by_key.block_n))
@@ -372,7 +397,6 @@ def attention_backward(
             *call.strides(grad_out), *call.strides(dk), *call.strides(dv), l_sb, l_sh,
             *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_k, call.batch, *numbers,
-            **call.constants, BLOCK_M=by_key.block_m, BLOCK_N=by_key.block_n,
-            num_warps=by_key.warps, num_stages=by_key.stages,
+            **call.constants, **by_key.options(target),
         )  # fmt: skip
     return dq, dk, dv, delta

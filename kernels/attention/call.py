@@ -67,22 +67,25 @@ class Call:
         self.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
         self.block_v = max(16, triton.next_power_of_2(self.value_dim))
-        self.constants: dict[str, Any] = dict(
-            GROUP=self.heads // max(1, self.kv_heads),
-            BOTTOM_RIGHT=bottom_right,
-            CAUSAL=causal,
-            LEFT=left >= 0,
-            RIGHT=right >= 0,
-            BOOL_MASK=mask is not None and mask.dtype == _BOOL,
-            SOFTCAP=softcap != 0.0,
-            DROPOUT=dropout_p > 0.0,
-            HEAD_DIM=self.head_dim,
-            VALUE_DIM=self.value_dim,
-            BLOCK_D=self.block_d,
-            BLOCK_V=self.block_v,
+        self.rich = mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0
+        self.constants: dict[str, Any] = {
+            "GROUP": self.heads // max(1, self.kv_heads),
+            "BOTTOM_RIGHT": bottom_right,
+            "CAUSAL": causal,
+            "LEFT": left >= 0,
+            "RIGHT": right >= 0,
+            "BOOL_MASK": mask is not None and mask.dtype == _BOOL,
+            # A mask that is the same for all queries, as padding is: its keys need not even be read.
+            "KEY_MASK": mask is not None and mask.stride(-2) == 0,
+            "SOFTCAP": softcap != 0.0,
+            "DROPOUT": dropout_p > 0.0,
+            "HEAD_DIM": self.head_dim,
+            "VALUE_DIM": self.value_dim,
+            "BLOCK_D": self.block_d,
+            "BLOCK_V": self.block_v,
             # fp32 is fp32: no TF32 rounding of the inputs.
-            PRECISION="ieee",
-        )
+            "PRECISION": "ieee",
+        }
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(batch, head, token) strides of a tensor laid out like query."""

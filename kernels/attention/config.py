@@ -1,9 +1,12 @@
-"""Tile sizes of the attention kernels, by pass, target, element size and head dimension.
+"""Tile sizes of the attention kernels, by pass, target, dtype and head dimension.
 
-Every entry compiles without a register spill and within shared memory on its targets (tests/gate holds that).
+Every entry compiles without a register spill and within shared memory on its targets; tests/gate holds that. Calls with
+rules that need many registers (masks, dropout, softcap, ALiBi) take the small tiles of `_RICH`.
 """
 
 from dataclasses import dataclass
+
+import torch
 
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.targets import Target
@@ -18,13 +21,63 @@ class Config:
     warps: int
     stages: int
 
+    def options(self, target: Target) -> dict[str, int]:
+        """Launch options. Left alone, ptxas now and then spills a few registers to reach an occupancy of its own choice."""
+        found = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.warps, "num_stages": self.stages}
+        if target.backend == "cuda":
+            found["maxnreg"] = 255
+        return found
+
 
 _INTERPRETER = Config(16, 16, 1, 1)  # small, so that small tests cross tile borders
 
+# By head dimension up to …: (forward, dQ, dK and dV).
+_Table = dict[int, tuple[Config, Config, Config]]
+
+_HOPPER: _Table = {
+    64: (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+    128: (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    256: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    512: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+}
+_OTHER: _Table = {
+    64: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2)),
+    128: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+    256: (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+_RICH: _Table = {
+    64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+# fp32 products run without tensor cores.
+_SINGLE: _Table = {
+    64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    128: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+
+
+def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
+    if target.name == "interpreter":
+        return (_INTERPRETER,) * 3
+    width = max(64, call.block_d, call.block_v)
+    if call.query.dtype == torch.float32:
+        table = _SINGLE
+    elif call.rich:
+        table = _RICH
+    else:
+        table = _HOPPER if target.name in ("sm_90", "sm_100") else _OTHER
+    return table[width]
+
 
 def forward_config(target: Target, call: Call) -> Config:
-    return Config(64, 64, 4, 2)
+    """Tiles of the forward kernel."""
+    return _configs(target, call)[0]
 
 
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
-    return Config(64, 64, 4, 2), Config(64, 64, 4, 2)
+    """Tiles of the dQ kernel and of the dK and dV kernel."""
+    return _configs(target, call)[1:]

@@ -3,8 +3,8 @@ Dao et al. 2022).
 
 - Tiles that every row of the program sees whole are walked without any check; those at the edges of the causal or
   window band, at the end of the sequence, or under a mask, with all of them.
-- A value that no row of a tile may see takes no part in the product, and NaN or Inf in one that only some may see
-  turns the scores of those rows to NaN: select, never multiply by zero.
+- NaN and Inf in a hidden value do not reach the output: where only some rows of a tile see a key, unsound values are
+  left unread, and the scores of the rows that do see them turn to NaN instead.
 """
 
 import torch
@@ -24,6 +24,8 @@ from fastformer.kernels.attention.score import (
     score_tile,
     sequence,
     slope_of,
+    sound_rows,
+    visible_keys,
 )
 
 
@@ -31,41 +33,47 @@ from fastformer.kernels.attention.score import (
 def _walk(
     acc, peak, total, q, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st, mask_q, mask_k,
     slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, CHECK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys begin … end in steps of BLOCK_N."""
+    # The few tiles at the edges of a band are not worth the registers of a pipeline.
+    STAGES: tl.constexpr = 1 if CHECK and MASK is None else None
+    # Keys that only some rows of a tile see: their NaN and Inf must not meet the zero weights of the others.
+    SCAN: tl.constexpr = CHECK and (CAUSAL or LEFT or RIGHT or (MASK is not None and not KEY_MASK))
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     n = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
         k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
         v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
+        inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
         if CHECK:
-            inside = column < k_len
             k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
-            v = tl.load(v_place, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_V]
+        elif BLOCK_D == HEAD_DIM:
+            k = tl.load(k_place)
         else:
-            if BLOCK_D == HEAD_DIM:
-                k = tl.load(k_place)
-            else:
-                k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
-            if BLOCK_V == VALUE_DIM:
-                v = tl.load(v_place)
-            else:
-                v = tl.load(v_place, mask=(dv < VALUE_DIM)[None, :], other=0.0)
+            k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
         qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if CHECK:
-            finite = tl.abs(v) < float("inf")
-            v = tl.where(finite, v, 0.0)
-            qk = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), qk)
+        if SCAN:
+            sound = sound_rows(v_place, inside[:, None] & (dv < VALUE_DIM)[None, :])
+            qk = tl.where(sound[None, :], qk, float("nan"))
+            v = tl.load(v_place, mask=(inside & sound)[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)
+        elif CHECK:
+            v = tl.load(v_place, mask=inside[:, None] & (dv < VALUE_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_V]
+        elif BLOCK_V == VALUE_DIM:
+            v = tl.load(v_place)
+        else:
+            v = tl.load(v_place, mask=(dv < VALUE_DIM)[None, :], other=0.0)
         scores, seen, _ = score_tile(
-            qk, row[:, None], column[None, :], offset, q_len, k_len, MASK, mask_q, mask_k, slope, scale_in, scale_out,
-            left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, CHECK,
+            qk, row[:, None], column[None, :], (row < q_len)[:, None], inside[None, :],
+            key_bias[None, :] if KEY_MASK and not BOOL_MASK and CHECK else 0.0, offset, MASK, mask_q, mask_k, slope,
+            scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, CHECK,
         )  # fmt: skip
         if CHECK:
             scores = tl.where(seen, scores, float("-inf"))
@@ -84,6 +92,18 @@ def _walk(
     return acc, peak, total
 
 
+@triton.jit
+def _start(SINKS, head, BLOCK_M: tl.constexpr):
+    """Running maximum (base 2) and sum of a row before its first key."""
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS is not None:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return peak, total
+
+
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
@@ -91,7 +111,8 @@ def _forward(
     mask_b, mask_h, mask_q, mask_k, slope_b, tiles, heads, q_len, k_len, tokens, batches, scale_in, scale_out,
     left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -141,12 +162,7 @@ def _forward(
         seed = tl.load(SEED)
     plane = batch * heads + head
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS is not None:
-        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-        peak = tl.maximum(peak, sink)
-        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    peak, total = _start(SINKS, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     ALIBI: tl.constexpr = SLOPES is not None
     last = tl.minimum(row_start + BLOCK_M, q_len) - 1
@@ -160,20 +176,20 @@ def _forward(
             acc, peak, total = _walk(
                 acc, peak, total, q, K, V, MASK, begin, full_begin, row, row_start, offset, q_len, k_len, k_st, v_st,
                 mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-                CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+                CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
             )  # fmt: skip
         acc, peak, total = _walk(
             acc, peak, total, q, K, V, MASK, full_begin, full_end, row, row_start, offset, q_len, k_len, k_st, v_st,
             mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-            CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, False, HEAD_DIM, VALUE_DIM,
+            CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, False, HEAD_DIM, VALUE_DIM,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
         begin = full_end
     acc, peak, total = _walk(
         acc, peak, total, q, K, V, MASK, begin, end, row, row_start, offset, q_len, k_len, k_st, v_st,
         mask_q, mask_k, slope, seed, plane, threshold, keep_scale, scale_in, scale_out, left, right,
-        CAUSAL, LEFT, RIGHT, BOOL_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
+        CAUSAL, LEFT, RIGHT, BOOL_MASK, KEY_MASK, SOFTCAP, ALIBI, DROPOUT, True, HEAD_DIM, VALUE_DIM,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
     )  # fmt: skip
 
@@ -202,7 +218,8 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    config = forward_config(targets.target_of(query.device), call)
+    target = targets.target_of(query.device)
+    config = forward_config(target, call)
     tiles = max(1, triton.cdiv(call.q_len, config.block_m))
     o_sb, o_sh, o_st = call.strides(out)
     l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
@@ -211,7 +228,6 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
         *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
         *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        **call.constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        num_warps=config.warps, num_stages=config.stages,
+        **call.constants, **config.options(target),
     )  # fmt: skip
     return out, lse

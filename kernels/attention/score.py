@@ -24,16 +24,41 @@ def tanh(x):
 
 
 @triton.jit
+def visible_keys(
+    MASK, column, k_len, mask_k, BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, CHECK: tl.constexpr
+):  # fmt: skip
+    """(keys of a tile that exist and that a mask over keys alone lets through,
+    what such a float mask adds in base 2)."""
+    inside = column < k_len
+    bias = 0.0
+    if CHECK and KEY_MASK:
+        if BOOL_MASK:
+            inside = inside & (tl.load(MASK + column.to(tl.int64) * mask_k, mask=inside, other=0) != 0)
+        else:
+            added = tl.load(MASK + column.to(tl.int64) * mask_k, mask=inside, other=0.0).to(tl.float32)
+            inside = inside & (added != float("-inf"))
+            bias = added * LOG2E
+    return inside, bias
+
+
+@triton.jit
+def sound_rows(place, mask):
+    """Which rows of a tile in memory are free of NaN and Inf."""
+    x = tl.load(place, mask=mask, other=0.0)
+    return tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) != 0
+
+
+@triton.jit
 def score_tile(
-    qk, row, column, offset, q_len, k_len, MASK, mask_q, mask_k, slope, scale_in, scale_out, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, CHECK: tl.constexpr,
+    qk, row, column, row_inside, column_inside, key_bias, offset, MASK, mask_q, mask_k, slope, scale_in, scale_out,
+    left, right, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile, and which of them count.
 
     Args:
         qk: fp32 tile of dot products.
-        row, column: positions, broadcasting to the tile.
+        row, column, row_inside, column_inside, key_bias: positions, what `visible_keys` says, broadcasting to the tile.
         offset: what is added to a row to compare it with a column.
         MASK: pointer to element (0, 0) of the head's attn_mask, or None; mask_q, mask_k: its strides.
         slope: ALiBi slope times log2 e.
@@ -52,19 +77,22 @@ def score_tile(
         scores = bent * scale_out
     seen = True
     if CHECK:
-        seen = (row < q_len) & (column < k_len)
+        seen = row_inside & column_inside
         if CAUSAL:
             seen = seen & (column <= row + offset)
         if LEFT:
             seen = seen & (column >= row + offset - left)
         if RIGHT:
             seen = seen & (column <= row + offset + right)
-        if MASK is not None:
+        if KEY_MASK:
+            if not BOOL_MASK:
+                scores += key_bias
+        elif MASK is not None:
             place = MASK + row.to(tl.int64) * mask_q + column.to(tl.int64) * mask_k
             if BOOL_MASK:
-                seen = seen & (tl.load(place, mask=(row < q_len) & (column < k_len), other=0) != 0)
+                seen = seen & (tl.load(place, mask=row_inside & column_inside, other=0) != 0)
             else:
-                bias = tl.load(place, mask=(row < q_len) & (column < k_len), other=0.0).to(tl.float32)
+                bias = tl.load(place, mask=row_inside & column_inside, other=0.0).to(tl.float32)
                 seen = seen & (bias != float("-inf"))
                 scores += bias * LOG2E
     if ALIBI:

@@ -14,7 +14,7 @@ LENGTH = 48  # of padded batches
 
 @pytest.fixture(scope="session")
 def passages() -> Passages:
-    """200 passages of 3 to 48 tokens; the label follows from the share of low ids, so that there is something to learn."""
+    """200 passages of 3 to 48 tokens; the label shows in the share of low ids, so that there is something to learn."""
     draw = random.Random(0)
     ids, labels = [], []
     for _ in range(200):

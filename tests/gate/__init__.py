@@ -6,6 +6,7 @@ Run it from the repository's root:
     python -m tests.gate --triton 3.6.0       # the same on the Triton under build/triton-3.6.0 (tools/triton.sh 3.6.0)
     python -m tests.gate -k norm              # cases whose name contains "norm"
     python -m tests.gate --target sm_90       # one target (may be given several times)
+    python -m tests.gate --share 3            # every third case a target, another third on the next target
 
 It prints one line a kernel of a case (registers, spill bytes, shared memory, warps, stages), a summary, and exits 1 if
 anything failed. What fails a case: an exception, no kernel compiled, spilled registers, scratch memory, more shared

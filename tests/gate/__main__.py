@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("-k", dest="keyword", default="", help="only cases whose name contains this")
     parser.add_argument("--target", action="append", help="only this target (repeatable)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: at most 2)")
+    parser.add_argument("--share", type=int, default=1, help="every Nth case a target, shifted from target to target")
     parser.add_argument("--quiet", action="store_true", help="print failures and the summary only")
     arguments = parser.parse_args()
 
@@ -49,7 +50,7 @@ def main() -> int:
     if unknown := set(chosen) - set(TARGETS):
         print(f"unknown target {', '.join(sorted(unknown))}; one of {', '.join(TARGETS)}", file=sys.stderr)
         return 2
-    tasks = collect(chosen, arguments.keyword)
+    tasks = collect(chosen, arguments.keyword, arguments.share)
     if not tasks:
         print("no case matches", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ from triton.runtime.jit import JITFunction
 from fastformer.kernels import targets
 from fastformer.kernels.targets import Target
 
-from .resources import Resources, from_amdgcn, from_ptxas
+from . import resources
+from .resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units
 
-REPORT = "resources.json"
+# Named after the code that reads the reports, so that a change there is never answered from the cache.
+REPORT = f"resources-{hashlib.sha256(Path(resources.__file__).read_bytes()).hexdigest()[:8]}.json"
 
 
 class StandInDriver:
@@ -77,7 +80,7 @@ def compile_only(target: Target, cache: Path) -> Iterator[list[Resources]]:
                 with triton.knobs.compilation.scope():
                     triton.knobs.compilation.always_compile = True
                     kernel, log = build()
-            report.write_text(json.dumps(asdict(_resources(kernel, log))))
+            report.write_text(json.dumps(asdict(_resources(kernel, log, target))))
         fields = json.loads(report.read_text())
         launched.append(Resources(**{**fields, "warnings": tuple(fields["warnings"])}))
         return kernel
@@ -98,8 +101,9 @@ def compile_only(target: Target, cache: Path) -> Iterator[list[Resources]]:
         driver._active = before
 
 
-def _resources(kernel: Any, log: str) -> Resources:
+def _resources(kernel: Any, log: str, target: Target) -> Resources:
     figures = from_ptxas(log) if kernel.metadata.target.backend == "cuda" else from_amdgcn(kernel.asm["amdgcn"])
+    figures["warnings"] += lost_matrix_units(kernel.asm["ttgir"], target, kernel.metadata.num_warps)
     return Resources(
         kernel=kernel.metadata.name,
         shared=kernel.metadata.shared,

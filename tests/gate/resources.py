@@ -29,7 +29,7 @@ class Resources:
         shared: bytes of shared memory a block.
         tensor_memory: columns of tensor memory a block; 0 where there is none.
         warps, stages: the configuration it was compiled with.
-        warnings: performance warnings of the compiler.
+        warnings: performance warnings of the compiler, and matrix products off the matrix units.
     """
 
     kernel: str
@@ -83,6 +83,28 @@ def from_ptxas(log: str) -> dict:
     }
 
 
+def lost_matrix_units(ttgir: str, target: Target, warps: int) -> tuple[str, ...]:
+    """Warnings for 16-bit products that Hopper's or Blackwell's matrix units would take, but that run on the old ones.
+
+    Args:
+        ttgir: Triton's GPU IR of the kernel; there `tt.dot` is what became neither wgmma nor tcgen05.
+        target: sm_90 and sm_100 have such units.
+        warps: of the kernel; the units need four of them and 64 rows.
+    """
+    if target.name not in ("sm_90", "sm_100") or warps < 4:
+        return ()
+    shapes = re.findall(r"= tt\.dot .*-> tensor<(\d+)x(\d+)xf\d+", ttgir)
+    operands = re.findall(r"= tt\.dot .*: tensor<\d+x\d+x(\w+)", ttgir)
+    lost = [
+        f"{rows}x{columns}"
+        for (rows, columns), kind in zip(shapes, operands, strict=True)
+        if int(rows) >= 64 and kind in ("f16", "bf16")
+    ]
+    return (
+        (f"{len(lost)} products miss the {target.name} matrix units: {', '.join(sorted(set(lost)))}",) if lost else ()
+    )
+
+
 def from_amdgcn(assembly: str) -> dict:
     """registers, spill, scratch and warnings out of an AMDGPU assembly listing.
 
@@ -98,7 +120,8 @@ def from_amdgcn(assembly: str) -> dict:
 
     return {
         "registers": figure("vgpr_count"),
-        "spill": figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        # Scalar registers spill into lanes of a vector register; where they reach memory, the scratch size says so.
+        "spill": figure("vgpr_spill_count"),
         "scratch": figure("private_segment_fixed_size"),
         "warnings": (),
     }

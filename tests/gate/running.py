@@ -37,20 +37,27 @@ def check(module: str, target_name: str, name: str, cache: Path) -> tuple[str, l
     return label, [str(resources) for resources in launched], faults
 
 
-def collect(chosen: list[str], keyword: str) -> list[tuple[str, str, str]]:
+def collect(chosen: list[str], keyword: str, share: int = 1) -> list[tuple[str, str, str]]:
     """(module, target, case) of every chosen case.
+
+    Args:
+        chosen: names of targets.
+        keyword: part of the cases' names.
+        share: 1 takes every case on every target, N every Nth, shifted by one from target to target, so that five
+            targets together still compile every case for N up to five.
 
     Raises:
         ValueError: a module names one case twice.
     """
     found = []
     for module in modules():
-        for target in chosen:
+        for shift, target in enumerate(chosen):
             with assume(KNOWN[target]):
                 names = [name for name, _ in importlib.import_module(f"tests.gate.{module}").cases()]
             if len(set(names)) < len(names):
                 twice = sorted({name for name in names if names.count(name) > 1})
                 raise ValueError(f"{module} names two cases alike: {', '.join(twice)}")
             label = module.removeprefix("cases_")
-            found += [(module, target, name) for name in names if keyword in f"{label}/{name}"]
+            named = [name for name in names if keyword in f"{label}/{name}"]
+            found += [(module, target, name) for i, name in enumerate(named) if (i + shift) % share == 0]
     return found

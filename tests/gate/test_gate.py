@@ -1,6 +1,7 @@
 """The gate itself: planted faults are caught on every target, sound kernels pass."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +10,9 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from fastformer.kernels.targets import TARGETS  # noqa: E402
-from tests.gate import planted  # noqa: E402
-from tests.gate.compiling import compile_only  # noqa: E402
-from tests.gate.resources import Resources, from_amdgcn, from_ptxas  # noqa: E402
+from tests.gate import planted, running  # noqa: E402
+from tests.gate.compiling import REPORT, compile_only  # noqa: E402
+from tests.gate.resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units  # noqa: E402
 from tests.gate.running import TARGETS as GATED  # noqa: E402
 
 
@@ -51,8 +52,8 @@ def test_cached_result_is_the_same(cache, tmp_path):
         planted.spilling()
     assert cold == warm
     # Without its stored resources a cached kernel is compiled again rather than passed unchecked.
-    for report in tmp_path.glob("*/resources.json"):
-        report.unlink()
+    (report,) = tmp_path.glob(f"*/{REPORT}")
+    report.unlink()
     planted.spilling_kernel.device_caches.clear()
     with compile_only(target, tmp_path) as again:
         planted.spilling()
@@ -87,6 +88,31 @@ ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions
     assert len(figures["warnings"]) == 1
     resources = Resources(kernel="k", shared=0, tensor_memory=600, warps=4, stages=2, **figures)
     assert len(resources.faults(TARGETS["sm_90"])) == 4
+
+
+def test_products_off_the_matrix_units_are_noticed():
+    operands = (
+        "tensor<128x64xf16, #ttg.dot_op<{opIdx = 0, parent = #mma}>> * tensor<64x32xf16, #ttg.dot_op<{opIdx = 1}>>"
+    )
+    ttgir = f"%9 = ttng.warp_group_dot %a, %b, %c : x\n%10 = tt.dot %a, %b, %c : {operands} -> tensor<128x32xf32, #mma>"
+    (warning,) = lost_matrix_units(ttgir, TARGETS["sm_90"], 4)
+    assert "128x32" in warning
+    # Two warps cannot form the group that the units need: the configuration chose that.
+    assert lost_matrix_units(ttgir, TARGETS["sm_90"], 2) == ()
+    assert lost_matrix_units(ttgir, TARGETS["sm_80"], 4) == ()
+    assert lost_matrix_units(ttgir.replace("xf16", "xf32"), TARGETS["sm_90"], 4) == ()
+
+
+@pytest.mark.parametrize("share", [2, 3, 5])
+def test_a_share_reaches_every_case(share, monkeypatch):
+    names = [f"case {i}" for i in range(7)]
+    module = SimpleNamespace(cases=lambda: [(name, lambda: None) for name in names])
+    monkeypatch.setattr(running, "modules", lambda: ["cases_x"])
+    monkeypatch.setattr(running.importlib, "import_module", lambda name: module)
+    chosen = running.collect(list(GATED), "", share)
+    assert len(chosen) < len(running.collect(list(GATED), ""))
+    assert {name for _, _, name in chosen} == set(names)
+    assert {target for _, target, _ in chosen} == set(GATED)
 
 
 @pytest.mark.parametrize("read", [from_ptxas, from_amdgcn])

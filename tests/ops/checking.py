@@ -23,14 +23,16 @@ def fenced(shape, dtype, generator, device, stride_slack=0, scale=1.0) -> Tensor
 
 
 def assert_as_exact_as_stock(ours: Tensor, stock: Tensor, exact: Tensor, name: str = "") -> None:
-    """Error against the float64 result at most twice the stock operator's, plus an ulp of the largest value."""
+    """Error against the float64 result at most twice the stock operator's, plus four ulps of the largest value.
+
+    Four, since the largest error of few elements can be small by luck."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
     assert ours.isfinite().all(), f"{name}: not finite"
     error = (ours.double() - exact).abs().max().item()
     allowed = 2 * (stock.double() - exact).abs().max().item()
-    allowed += torch.finfo(ours.dtype).eps * exact.abs().max().item() + 1e-30
+    allowed += 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item() + 1e-30
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
@@ -50,8 +52,12 @@ def gradients(function, tensors: dict[str, Tensor], cotangents) -> tuple[list[Te
     return [o.detach() for o in outputs], {k: g for k, g in zip(wanted, found, strict=True) if g is not None}
 
 
-def compare(function, tensors: dict[str, Tensor], monkeypatch, seed: int = 0) -> None:
-    """Hold `function` and its gradients against float64, with the stock operators in the same dtypes as the measure."""
+def compare(function, tensors: dict[str, Tensor], monkeypatch, seed: int = 0, stock=None) -> None:
+    """Hold `function` and its gradients against float64, with the stock operators in the same dtypes as the measure.
+
+    `stock` is the same in stock operators, where `function` on the PyTorch backend is not.
+    """
+    stock = stock or function
     generator = torch.Generator().manual_seed(seed)
     sent: list[Tensor] = []
 
@@ -64,11 +70,11 @@ def compare(function, tensors: dict[str, Tensor], monkeypatch, seed: int = 0) ->
     # The cotangents as the outputs' dtype rounded them are what all three differentiate.
     sent = [s.to(o.dtype).double() for s, o in zip(sent, ours, strict=True)]
     wide = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
-    exact, exact_grads = gradients(function, wide, cotangents)
+    exact, exact_grads = gradients(stock, wide, cotangents)
     with monkeypatch.context() as patch:
         patch.setenv("FASTFORMER_BACKEND", "torch")
-        stock, stock_grads = gradients(function, tensors, cotangents)
-    for index, (a, b, c) in enumerate(zip(ours, stock, exact, strict=True)):
+        measure, stock_grads = gradients(stock, tensors, cotangents)
+    for index, (a, b, c) in enumerate(zip(ours, measure, exact, strict=True)):
         assert a.dtype == b.dtype
         assert_as_exact_as_stock(a, b, c, f"output {index}")
     assert ours_grads.keys() == exact_grads.keys()

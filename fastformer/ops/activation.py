@@ -1,0 +1,202 @@
+"""Activations with the bias, gate, dropout and residual around them, one pass each way.
+
+    y = residual + dropout(activation(gate + bias) * up)
+
+Saved for backward: the inputs (which the matrix products before hold anyway) and the dropout seed; everything else is
+recomputed. Arithmetic is fp32 between load and store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastformer.ops.backend import backend_for
+from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
+from fastformer.ops.validate import FLOATS, check_probability, check_tensor
+
+_DTYPES = (*FLOATS, torch.float64)
+
+REFERENCES = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def bias_gelu(input: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """gelu(input + bias).
+
+    Args:
+        input: (..., N), any strides.
+        bias: (N,) or None; a bias of another dtype is rounded to input's, as autocast does to a linear layer's.
+        approximate: "none" (exact) or "tanh".
+
+    Returns:
+        (..., N) in input's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device or value.
+    """
+    return _activate(_gelu_kind(approximate), "input", input, bias=bias)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up. gate, up: (..., N), any strides, so the halves of one projection serve; else as `bias_gelu`."""
+    return _activate(_gelu_kind(approximate), "gate", gate, up=up)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Arguments, result and errors as `geglu`."""
+    return _activate("silu", "gate", gate, up=up)
+
+
+def relu_squared(input: Tensor) -> Tensor:
+    """relu(input)^2. Arguments, result and errors as `bias_gelu`."""
+    return _activate("relu_squared", "input", input)
+
+
+def bias_dropout_add(
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    *,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """residual + dropout(input + bias).
+
+    Args:
+        input: (..., N), any strides.
+        bias: (N,) or None; rounded to input's dtype.
+        residual: shape of input; its dtype may differ.
+        dropout_p: probability of dropping an element while `training`.
+        dropout_seed: (1,) int64; None draws one. The same seed drops the same elements.
+
+    Returns:
+        (..., N) in the promoted dtype of input and residual.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device or range.
+    """
+    check_probability("dropout_p", dropout_p)
+    p = dropout_p if training else 0.0
+    return _activate("identity", "input", input, bias=bias, residual=residual, p=p, seed=dropout_seed)
+
+
+def _gelu_kind(approximate: str) -> str:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate must be "none" or "tanh", got {approximate!r}')
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def _activate(
+    kind: str,
+    name: str,
+    gate: Tensor,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    check_tensor(name, gate, dtypes=_DTYPES)
+    if gate.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got shape ()")
+    shape, device = gate.shape, gate.device
+    if up is not None:
+        check_tensor("up", up, dtypes=(gate.dtype,), shape=shape, device=device)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=_DTYPES, shape=shape[-1:], device=device)
+        # Differentiable: the gradient returns in the bias's own dtype.
+        bias = bias.to(gate.dtype).contiguous()
+    if residual is not None:
+        check_tensor("residual", residual, dtypes=_DTYPES, shape=shape, device=device)
+    if seed is not None:
+        check_tensor("dropout_seed", seed, dtypes=(torch.int64,), shape=(1,), device=device)
+    out_dtype = gate.dtype if residual is None else torch.promote_types(gate.dtype, residual.dtype)
+    # No kernel computes in float64 or has a program for rows without elements.
+    if backend_for(device) == "torch" or out_dtype == torch.float64 or shape[-1] == 0:
+        y = REFERENCES[kind](gate if bias is None else gate + bias)
+        y = dropout(y if up is None else y * up, p, seed)
+        return y if residual is None else residual + y
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(device)
+    return _activation_op(gate, up, bias, residual, seed, kind, p, out_dtype)
+
+
+def _forward(
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    kind: str,
+    p: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from fastformer.kernels.activation import activation_forward
+
+    return activation_forward(gate, up, bias, residual, seed, dropout_threshold(p), keep_scale(p), kind, out_dtype)
+
+
+def _forward_fake(gate, up, bias, residual, seed, kind, p, out_dtype):
+    return gate.new_empty(gate.shape, dtype=out_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, bias, residual, seed, kind, p, _ = inputs
+    # The identity's slope needs no values: nothing but the seed is kept.
+    needed = kind != "identity" or up is not None
+    ctx.save_for_backward(gate if needed else None, up, bias if needed else None, seed)
+    ctx.kind, ctx.p = kind, p
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (gate, up, bias))
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    gate, up, bias, seed = ctx.saved_tensors
+    wanted = [d if need else None for d, need in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True)]
+    found = iter(_activation_backward(dy, gate, up, bias, seed, ctx.kind, ctx.p, *wanted) if any(wanted) else ())
+    gradients = [None if dtype is None else next(found) for dtype in wanted]
+    # Addition hands its gradient on as it is, like stock.
+    residual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    return *gradients, residual, None, None, None, None
+
+
+def _run_backward(
+    dy: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    kind: str,
+    p: float,
+    gate_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    from fastformer.kernels.activation import activation_backward
+
+    return activation_backward(
+        dy, dy if gate is None else gate, up, bias, seed, dropout_threshold(p), keep_scale(p), kind,
+        gate_dtype, up_dtype, bias_dtype,
+    )  # fmt: skip
+
+
+def _run_backward_fake(dy, gate, up, bias, seed, kind, p, *dtypes):
+    shapes = (dy.shape, dy.shape, dy.shape[-1:])
+    return [dy.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
+
+
+_activation_op = Operator("activation", _forward, _forward_fake, _setup_context, _backward)
+_activation_backward = Kernel("activation_backward", _run_backward, _run_backward_fake)

@@ -1,0 +1,397 @@
+"""Cross-entropy of logits, and of a linear layer's output without ever holding all of its logits.
+
+The loss of a row is given in `fastformer.kernels.loss`; with the options PyTorch has it is
+`torch.nn.functional.cross_entropy`'s. `linear_cross_entropy` walks over blocks of rows: logits of a block, their loss,
+their gradient over themselves, and that into the gradients of input, weight and bias, all in forward; backward scales
+them. So one block's logits are the most there is at any time (the idea of Liger, Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastformer.ops.backend import backend_for
+from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.validate import FLOATS, check_tensor
+
+_DTYPES = (*FLOATS, torch.float64)
+_REDUCTIONS = ("mean", "sum", "none")
+
+# Bytes of logits a block may hold, unless a twentieth of all logits is more: enough rows for the matrix products.
+BLOCK_BYTES = 2**28
+
+
+class _Options(NamedTuple):
+    """What shapes a row's loss, in the order the registered operators take it."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy over the last dimension.
+
+    Args:
+        logits: (..., V), any strides.
+        target: (...) int64 class indices, or `ignore_index`. On a GPU a target out of range makes the loss NaN.
+        weight: (V,) weight of each class, or None. It takes no gradient.
+        reduction: "mean" (weighted, over targets that are not ignored), "sum" or "none".
+        label_smoothing: in [0, 1].
+        z_loss: factor of log(sum exp)^2, weighted like the target.
+        softcap: c > 0 replaces logits by c * tanh(logits / c); None for none.
+
+    Returns:
+        a scalar, or (...) for "none", in logits' dtype, or float32 under autocast.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device or value.
+    """
+    options = _checked(weight, ignore_index, reduction, label_smoothing, z_loss, softcap, "logits", logits, target)
+    if weight is not None:
+        check_tensor("weight", weight, dtypes=_DTYPES, shape=logits.shape[-1:], device=logits.device)
+    autocast = torch.is_autocast_enabled(logits.device.type)
+    out_dtype = torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
+    rows, goal = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if backend_for(logits.device) == "torch" or logits.dtype == torch.float64 or logits.shape[-1] == 0:
+        return _compose(rows, goal, weight, reduction, options, target.shape)
+    weight = None if weight is None else weight.contiguous()
+    loss, row_weight, _ = _rows_op(rows, goal.contiguous(), weight, *options)
+    if reduction == "none":
+        return loss.reshape(target.shape).to(out_dtype)
+    loss = loss.sum()
+    return (loss / row_weight.sum() if reduction == "mean" else loss).to(out_dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """cross_entropy(linear(input, weight, bias), target) in the memory of a block of rows' logits.
+
+    Args:
+        input: (..., H).
+        weight: (V, H); its gradient is summed over blocks in float32.
+        bias: (V,) or None.
+        class_weight: (V,), `weight` of `cross_entropy`.
+        target and the rest: as in `cross_entropy`. "none" recomputes the logits in backward.
+
+    Returns:
+        as `cross_entropy`, of logits in the dtype `linear` would give them, which autocast decides.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device or value.
+    """
+    options = _checked(class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, "input", input, target)
+    device = input.device
+    check_tensor("weight", weight, dtypes=_DTYPES, shape=(None, input.shape[-1]), device=device)
+    classes = (weight.shape[0],)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=_DTYPES, shape=classes, device=device)
+    if class_weight is not None:
+        check_tensor("class_weight", class_weight, dtypes=_DTYPES, shape=classes, device=device)
+    out_dtype = input.dtype
+    if torch.is_autocast_enabled(device.type) and input.dtype != torch.float64:
+        out_dtype, dtype = torch.float32, torch.get_autocast_dtype(device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
+        raise TypeError(f"weight and bias must be {input.dtype} like input, got {weight.dtype}")
+    rows, goal = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
+    if reduction == "none":
+        losses = [
+            checkpoint(_block_losses, part, weight, bias, labels, class_weight, options, use_reentrant=False)
+            for part, labels in _blocks(rows, goal, weight)
+        ]
+        return (torch.cat(losses) if losses else rows.new_zeros(0)).reshape(target.shape).to(out_dtype)
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    needed = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias))
+    loss, *_ = _linear_op(rows, weight, bias, goal, class_weight, reduction == "mean", *options, *needed)
+    return loss.to(out_dtype)
+
+
+def _checked(
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    name: str,
+    value: Tensor,
+    target: Tensor,
+) -> _Options:
+    """Validate what the two losses share."""
+    check_tensor(name, value, dtypes=_DTYPES)
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got shape ()")
+    check_tensor("target", target, dtypes=(torch.int64,), shape=value.shape[:-1], device=value.device)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("the class weights take no gradient; detach them, got requires_grad=True")
+    return _Options(ignore_index, label_smoothing, z_loss, softcap or 0.0)
+
+
+def _compose(
+    logits: Tensor, goal: Tensor, weight: Tensor | None, reduction: str, options: _Options, shape: torch.Size
+) -> Tensor:
+    """PyTorch's own cross-entropy, with what it lacks around it; logits (R, V), goal (R,)."""
+    ignore_index, smoothing, z_loss, softcap = options
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    weight = None if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(
+        logits, goal, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
+    )
+    if z_loss:
+        row_weight = row_weights(goal, weight, ignore_index)
+        # Not 0 * lse^2: an ignored row may hold anything.
+        lse = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).where(row_weight != 0, 0.0)
+        extra = z_loss * row_weight * lse.square()
+        if reduction != "none":
+            extra = extra.sum() / (row_weight.sum() if reduction == "mean" else 1)
+        loss = loss + extra.to(loss.dtype)
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def row_weights(goal: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Weight of each row's target, 0 where it is ignored: (R,) in weight's dtype, or fp32."""
+    kept = goal != ignore_index
+    return kept.float() if weight is None else torch.where(kept, weight[goal.where(kept, 0)], 0.0)
+
+
+def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Blocks of rows whose logits fit `BLOCK_BYTES`, or a twentieth of all logits if that is more."""
+    count, row_bytes = rows.shape[0], weight.shape[0] * rows.element_size()
+    size = max(BLOCK_BYTES // max(row_bytes, 1), count // 20, 1)
+    if size > 128:
+        size = size // 128 * 128
+    return list(zip(rows.split(size), goal.split(size), strict=True)) if count else []
+
+
+def _block_losses(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, goal: Tensor, class_weight: Tensor | None, options: _Options
+) -> Tensor:
+    ignore_index, smoothing, z_loss, softcap = options
+    return cross_entropy(
+        F.linear(rows, weight, bias), goal, class_weight, ignore_index, "none", smoothing,
+        z_loss=z_loss, softcap=softcap or None,
+    )  # fmt: skip
+
+
+# The rows' losses: an operator from logits to fp32 losses.
+
+
+def _rows_forward(
+    logits: Tensor, goal: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, z_loss: float, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastformer.kernels.loss import cross_entropy_forward
+
+    return cross_entropy_forward(logits, goal, weight, ignore_index, smoothing, z_loss, cap)
+
+
+def _rows_fake(logits, goal, weight, ignore_index, smoothing, z_loss, cap):
+    rows = logits.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (rows, 2)))
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, goal, weight, *options = inputs
+    _, row_weight, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(row_weight, lse)
+    ctx.save_for_backward(logits, goal, weight, row_weight, lse)
+    ctx.options = options
+
+
+def _rows_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    gradient = None if dloss is None else _rows_gradient(dloss, *ctx.saved_tensors, *ctx.options)
+    return gradient, None, None, None, None, None, None
+
+
+def _run_rows_gradient(
+    dloss: Tensor,
+    logits: Tensor,
+    goal: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    cap: float,
+) -> Tensor:
+    from fastformer.kernels.loss import cross_entropy_backward
+
+    options = (ignore_index, smoothing, z_loss, cap)
+    return cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False)
+
+
+_rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward)
+_rows_gradient = Kernel(
+    "cross_entropy_backward", _run_rows_gradient, lambda dloss, logits, *_: logits.new_empty(logits.shape)
+)
+
+
+# The linear layer and its loss: an operator whose forward computes the gradients.
+
+
+def _linear_forward(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    goal: Tensor,
+    class_weight: Tensor | None,
+    mean: bool,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    cap: float,
+    needs_rows: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, gradients of rows, weight and bias for a unit gradient of the loss); unneeded gradients are empty."""
+    options = _Options(ignore_index, smoothing, z_loss, cap)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=rows.device)
+    scale = torch.ones((), dtype=wide, device=rows.device)
+    if mean:
+        scale = 1.0 / row_weights(goal, class_weight, ignore_index).sum().to(wide)
+    drows = rows.new_empty(rows.shape if needs_rows else 0)
+    dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=wide, device=rows.device)
+    dbias = torch.zeros(weight.shape[:1] if needs_bias else 0, dtype=wide, device=rows.device)
+    start = 0
+    for part, labels in _blocks(rows, goal, weight):
+        logits = F.linear(part, weight, bias)
+        losses, gradient = _block_gradient(
+            logits, labels, class_weight, scale, options, needs_rows or needs_weight or needs_bias
+        )
+        loss += losses.sum()
+        if needs_rows:
+            torch.mm(gradient, weight, out=drows[start : start + len(part)])
+        if needs_weight:
+            _accumulate(dweight, gradient.t(), part)
+        if needs_bias:
+            dbias += gradient.sum(0, dtype=wide)
+        start += len(part)
+    return loss * scale, drows, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _block_gradient(
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: _Options, needed: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses of a block's rows, and the gradient of logits times `scale`, which may lie over logits."""
+    if backend_for(logits.device) == "triton" and logits.dtype != torch.float64:
+        from fastformer.kernels.loss import cross_entropy_backward, cross_entropy_forward
+
+        losses, row_weight, lse = cross_entropy_forward(logits, goal, class_weight, *options)
+        if needed:
+            dloss = scale.expand(len(logits))
+            logits = cross_entropy_backward(dloss, logits, goal, class_weight, row_weight, lse, *options, True)
+        return losses, logits
+    return loss_reference(logits, goal, class_weight, scale, options, needed)
+
+
+def loss_reference(
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: _Options, needed: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`.
+
+    Spelled out rather than differentiated, since a registered operator runs below autograd.
+    """
+    ignore_index, smoothing, z_loss, cap = options
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    classes, kept = x.shape[-1], goal != ignore_index
+    if cap:
+        bent = torch.tanh(x / cap)
+        x = bent * cap
+    place = goal.where(kept, 0).unsqueeze(-1)
+    row_weight = row_weights(goal, class_weight, ignore_index).to(x.dtype).unsqueeze(-1)
+    each = x.new_ones(classes) if class_weight is None else class_weight.to(x.dtype)
+    lse = x.logsumexp(-1, keepdim=True)
+    losses = (1 - smoothing) * row_weight * (lse - x.gather(-1, place)) + z_loss * row_weight * lse.square()
+    if smoothing:
+        losses += smoothing / classes * (each * (lse - x)).sum(-1, keepdim=True)
+    losses = losses.squeeze(-1).where(kept, 0.0)
+    if not needed:
+        return losses, logits
+    p = torch.exp(x - lse)
+    gradient = (1 - smoothing + 2 * z_loss * lse) * row_weight * p
+    gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight)
+    if smoothing:
+        gradient += smoothing / classes * (each.sum() * p - each)
+    if cap:
+        gradient *= 1 - bent.square()
+    return losses, (gradient * scale).where(kept.unsqueeze(-1), 0.0).to(logits.dtype)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _linear_fake(rows, weight, bias, goal, class_weight, mean, i, s, z, c, needs_rows, needs_weight, needs_bias):
+    return (
+        rows.new_empty((), dtype=torch.promote_types(rows.dtype, torch.float32)),
+        rows.new_empty(rows.shape if needs_rows else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[:1] if needs_bias else 0),
+    )
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _linear_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    nothing = (None,) * 10
+    if dloss is None:
+        return None, None, None, *nothing
+    gradients = (
+        (gradient * dloss).to(gradient.dtype) if need else None
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    )
+    return *gradients, *nothing
+
+
+_linear_op = Operator("linear_cross_entropy", _linear_forward, _linear_fake, _linear_setup, _linear_backward)

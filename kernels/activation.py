@@ -1,0 +1,198 @@
+"""Activations between two matrix products, with the bias, gate, dropout and residual around them.
+
+    y = residual + dropout(activation(gate + bias) * up)          every part but gate is optional
+
+- One element-wise kernel each way. Backward recomputes everything from gate, up and bias; no mask and no intermediate
+  is stored.
+- The bias gradient sums the gate's: each backward program walks over rows of one block of columns and keeps one
+  partial row.
+- GELU: Hendrycks, Gimpel 2016; gated forms: Shazeer 2020, "GLU variants improve Transformer"; squared ReLU: So et al.
+  2021, "Primer".
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.random import keep_columns
+from fastformer.kernels.rows import as_rows, row_count, shape_of_program, sum_partials, target
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# GELU's tanh form is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)).
+TANH_LINEAR = tl.constexpr(1.5957691216057308)
+TANH_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr):
+    """activation(x) and its derivative, fp32."""
+    if KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        return x * cdf, cdf + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
+    elif KIND == "gelu_tanh":
+        gate = tl.sigmoid((x + x * x * x * TANH_CUBIC) * TANH_LINEAR)
+        return x * gate, gate + x * gate * (1.0 - gate) * (1.0 + x * x * (TANH_CUBIC * 3.0)) * TANH_LINEAR
+    elif KIND == "silu":
+        gate = tl.sigmoid(x)
+        return x * gate, gate * (1.0 + x * (1.0 - gate))
+    elif KIND == "relu_squared":
+        positive = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
+        return positive * positive, 2.0 * positive
+    else:
+        tl.static_assert(KIND == "identity")
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _load_rows(X, row, column, inside, stride):
+    return tl.load(X + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def _forward(
+    GATE, UP, BIAS, RESIDUAL, SEED, Y, rows, gate_stride, up_stride, residual_stride, threshold, keep_scale,
+    N: tl.constexpr, KIND: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile a program: rows along grid axis 0, columns along axis 1."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_N
+    column = first + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    x = _load_rows(GATE, row, column, inside, gate_stride)  # [BLOCK_M, BLOCK_N]
+    if BIAS is not None:
+        x += tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    y, _ = _activation(x, KIND)
+    if UP is not None:
+        y *= _load_rows(UP, row, column, inside, up_stride)
+    if DROPOUT:
+        y = tl.where(keep_columns(tl.load(SEED), first, row, 0, threshold, BLOCK_N), y * keep_scale, 0.0)
+    if RESIDUAL is not None:
+        y += _load_rows(RESIDUAL, row, column, inside, residual_stride)
+    tl.store(Y + row[:, None] * N + column[None, :], y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def _backward(
+    DY, GATE, UP, BIAS, SEED, DGATE, DUP, PARTIAL, rows, dy_stride, gate_stride, up_stride, threshold, keep_scale,
+    N: tl.constexpr, KIND: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Row tiles one in gridDim[0] apart of one block of columns; the bias gradient of all of them in a partial row."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = tl.program_id(1) * BLOCK_N
+    column = first + tl.arange(0, BLOCK_N)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if BIAS is not None:
+        bias = tl.load(BIAS + column, mask=column < N, other=0.0).to(tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < rows)[:, None] & (column < N)[None, :]
+        place = row[:, None] * N + column[None, :]
+        dy = _load_rows(DY, row, column, inside, dy_stride)
+        if DROPOUT:
+            dy = tl.where(keep_columns(tl.load(SEED), first, row, 0, threshold, BLOCK_N), dy * keep_scale, 0.0)
+        if KIND == "identity" and UP is None:
+            dgate = dy
+        else:
+            y, slope = _activation(_load_rows(GATE, row, column, inside, gate_stride) + bias[None, :], KIND)
+            dgate = dy * slope
+            if UP is not None:
+                dgate *= _load_rows(UP, row, column, inside, up_stride)
+                if DUP is not None:
+                    tl.store(DUP + place, dy * y, mask=inside)
+        if DGATE is not None:
+            tl.store(DGATE + place, dgate, mask=inside)
+        if PARTIAL is not None:
+            dbias += dgate
+    if PARTIAL is not None:
+        tl.store(PARTIAL + program.to(tl.int64) * N + column, tl.sum(dbias, 0), mask=column < N)
+
+
+def _tile(n: int) -> tuple[int, int]:
+    block_n = min(max(triton.next_power_of_2(n), 16), 1024)
+    return 2048 // block_n, block_n
+
+
+def activation_forward(
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    keep_scale: float,
+    kind: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Launch the forward kernel.
+
+    Args:
+        gate, up, residual: (..., N), N > 0; bias: (N,) with unit stride.
+        seed: (1,) int64, or None for no dropout; threshold, keep_scale: its 32-bit limit and 1 / (1 - p).
+        kind: "identity", "gelu", "gelu_tanh", "silu" or "relu_squared".
+
+    Returns:
+        (..., N) in out_dtype.
+    """
+    n, rows = gate.shape[-1], row_count(gate)
+    y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+    if rows:
+        x, x_stride = as_rows(gate)
+        u, u_stride = (None, 0) if up is None else as_rows(up)
+        r, r_stride = (None, 0) if residual is None else as_rows(residual)
+        block_m, block_n = _tile(n)
+        _forward[(triton.cdiv(rows, block_m), triton.cdiv(n, block_n))](
+            x, u, bias, r, seed, y, rows, x_stride, u_stride, r_stride, threshold, keep_scale,
+            n, kind, seed is not None, block_m, block_n, **shape_of_program(target(gate), 2048, 8, 64),
+        )  # fmt: skip
+    return y
+
+
+def activation_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    keep_scale: float,
+    kind: str,
+    gate_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Launch the backward kernels.
+
+    Args:
+        dy: gradient of the result; others as in forward. gate's values are not read for kind "identity" without up.
+        gate_dtype, up_dtype, bias_dtype: dtype of that gradient, None where it is not needed.
+
+    Returns:
+        the gradients that are needed, in the order of those three arguments.
+    """
+    n, rows = dy.shape[-1], row_count(dy)
+    dgate = None if gate_dtype is None else torch.empty(dy.shape, dtype=gate_dtype, device=dy.device)
+    dup = None if up_dtype is None else torch.empty(dy.shape, dtype=up_dtype, device=dy.device)
+    gradients = [gradient for gradient in (dgate, dup) if gradient is not None]
+    if not rows:
+        return gradients + ([] if bias_dtype is None else [torch.zeros(n, dtype=bias_dtype, device=dy.device)])
+    aim = target(dy)
+    dy, dy_stride = as_rows(dy)
+    x, x_stride = as_rows(gate)
+    u, u_stride = (None, 0) if up is None else as_rows(up)
+    block_m, block_n = _tile(n)
+    tiles, blocks = triton.cdiv(rows, block_m), triton.cdiv(n, block_n)
+    partial: Tensor | None = None
+    if bias_dtype is not None:
+        # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
+        tiles = min(tiles, 2 * aim.multiprocessors, triton.cdiv(4 * aim.multiprocessors, blocks))
+        partial = torch.empty((1, tiles, n), dtype=torch.float32, device=dy.device)
+    _backward[(tiles, blocks)](
+        dy, x, u, bias, seed, dgate, dup, partial, rows, dy_stride, x_stride, u_stride, threshold, keep_scale,
+        n, kind, seed is not None, block_m, block_n, **shape_of_program(aim, 2048, 8, 128),
+    )  # fmt: skip
+    if partial is not None and bias_dtype is not None:
+        gradients += sum_partials(partial, [bias_dtype])
+    return gradients

@@ -1,0 +1,184 @@
+"""Cross-entropy over rows of logits.
+
+With x the logits (after the soft cap c * tanh(x / c), if any), t the target, w the class weights (1 without), s the
+label smoothing, V the classes and z the z-loss factor, a row's loss is
+
+    (1 - s) w_t (lse - x_t) + s / V * sum_c w_c (lse - x_c) + z w_t lse^2          lse = log(sum_c exp(x_c))
+
+- Forward reads the logits once (online softmax, Milakov, Gimelshein 2018); backward reads them once more and writes
+  their gradient, over themselves where the caller owns them.
+- A row whose target is `ignore_index` has loss, weight and gradient 0; a target out of range makes them NaN.
+- z-loss: Chowdhery et al. 2022, "PaLM"; label smoothing and class weights as in torch.nn.functional.cross_entropy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.rows import as_rows, shape_of_program, target
+
+BLOCK_COLUMNS = 4096
+
+
+@triton.jit
+def _load_logits(X, row, x_stride, column, valid, outside, cap, CAPPED: tl.constexpr):
+    """Capped logits of one row in fp32, `outside` beyond the row, and the cap's slope."""
+    x = tl.load(X + row * x_stride + column, mask=valid, other=outside).to(tl.float32)
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if CAPPED:
+        # tanh(u) and 1 - tanh(u)^2 out of exp(-2 |u|), which keeps the slope's digits where the cap is reached.
+        decay = tl.exp(tl.abs(x) * (-2.0 / cap))
+        bent = (1.0 - decay) / (1.0 + decay)
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        x = tl.where(valid, tl.where(x < 0.0, -bent, bent) * cap, outside)
+    return x, slope
+
+
+@triton.jit(do_not_specialize=["ignore"])
+def _loss_forward(
+    X, TARGET, W, LOSS, WEIGHT, LSE, x_stride, ignore, smoothing, z_loss, cap,
+    V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    goal = tl.load(TARGET + row)
+    top = float("-inf")
+    total = 0.0
+    # sum of w_c x_c and of w_c, for label smoothing
+    weighted = 0.0
+    weights = 0.0
+    for first in range(0, V, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        valid = column < V
+        x, _ = _load_logits(X, row, x_stride, column, valid, float("-inf"), cap, CAPPED)
+        new = tl.maximum(top, tl.max(x, 0))
+        # A block of -inf alone must not make NaN of -inf - -inf.
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), 0)
+        top = new
+        if SMOOTH:
+            if W is None:
+                weighted += tl.sum(tl.where(valid, x, 0.0), 0)
+            else:
+                w = tl.load(W + column, mask=valid, other=0.0).to(tl.float32)
+                weighted += tl.sum(tl.where(valid, w * x, 0.0), 0)
+                weights += tl.sum(w, 0)
+    # lse = top + tail, kept apart: near a probability of 1 the sum would cost the digits that matter.
+    tail = tl.log(total)
+    lse = top + tail
+    known = (goal >= 0) & (goal < V)
+    x_goal, _ = _load_logits(X, row, x_stride, goal + tl.arange(0, 1), known, float("nan"), cap, CAPPED)
+    weight = tl.full([1], 1.0, tl.float32)
+    if W is not None:
+        weight = tl.load(W + goal + tl.arange(0, 1), mask=known, other=float("nan")).to(tl.float32)
+    else:
+        weight = tl.where(known, weight, float("nan"))
+    loss = (1.0 - smoothing) * weight * (tail + (top - x_goal))
+    if SMOOTH:
+        if W is None:
+            weights = V * 1.0
+        loss += smoothing / V * (weights * lse - weighted)
+    loss += z_loss * weight * lse * lse
+    ignored = goal == ignore
+    tl.store(LOSS + row + tl.arange(0, 1), tl.where(ignored, 0.0, loss))
+    tl.store(WEIGHT + row + tl.arange(0, 1), tl.where(ignored, 0.0, weight))
+    tl.store(LSE + row * 2, top)
+    tl.store(LSE + row * 2 + 1, tail)
+
+
+@triton.jit(do_not_specialize=["ignore"])
+def _loss_backward(
+    DLOSS, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss, cap,
+    V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns (grid axis 1) of one row (axis 0) a program; DX may be X."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < V
+    goal = tl.load(TARGET + row)
+    weight = tl.load(WEIGHT + row)
+    top = tl.load(LSE + row * 2)
+    tail = tl.load(LSE + row * 2 + 1)
+    lse = top + tail
+    dloss = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
+    x, slope = _load_logits(X, row, x_stride, column, valid, float("-inf"), cap, CAPPED)
+    p = tl.exp((x - top) - tail)
+    dx = (1.0 - smoothing + 2.0 * z_loss * lse) * weight * p
+    dx -= tl.where(column == goal, (1.0 - smoothing) * weight, 0.0)
+    if SMOOTH:
+        if W is None:
+            dx += smoothing * p - smoothing / V
+        else:
+            w = tl.load(W + column, mask=valid, other=0.0).to(tl.float32)
+            dx += smoothing / V * (tl.load(WEIGHTS) * p - w)
+    dx = tl.where(goal == ignore, 0.0, dx * slope * dloss)
+    tl.store(DX + row * dx_stride + column, dx, mask=valid)
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    goal: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        logits: (R, V), V > 0, any row stride; goal: (R,) int64, contiguous; weight: (V,) or None, contiguous.
+        softcap: 0 for none.
+
+    Returns:
+        loss and weight of the target (0 for an ignored row) of every row, (R,) fp32, and (R, 2) fp32: the row's largest
+        logit and the log of the sum of exponentials beyond it.
+    """
+    rows, v = logits.shape
+    loss, weights = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    lse = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
+    if rows:
+        x, stride = as_rows(logits)
+        block = min(max(triton.next_power_of_2(v), 16), BLOCK_COLUMNS)
+        _loss_forward[(rows,)](
+            x, goal, weight, loss, weights, lse, stride, ignore_index, label_smoothing, z_loss, softcap,
+            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 16, 128),
+        )  # fmt: skip
+    return loss, weights, lse
+
+
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    goal: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    in_place: bool,
+) -> Tensor:
+    """Launch the backward kernel.
+
+    Args:
+        dloss: (R,) gradient of every row's loss, any stride; row_weight, lse: from forward; others as in forward.
+        in_place: write the gradient over logits, which then must have unit stride in the last dimension.
+
+    Returns:
+        (R, V) gradient of logits in their dtype.
+    """
+    rows, v = logits.shape
+    dx = logits if in_place else torch.empty((rows, v), dtype=logits.dtype, device=logits.device)
+    if rows:
+        x, stride = as_rows(logits)
+        block = min(max(triton.next_power_of_2(v), 16), BLOCK_COLUMNS)
+        weights = weight.float().sum() if weight is not None and label_smoothing > 0 else None
+        _loss_backward[(rows, triton.cdiv(v, block))](
+            dloss, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
+            ignore_index, label_smoothing, z_loss, softcap,
+            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 16, 64),
+        )  # fmt: skip
+    return dx

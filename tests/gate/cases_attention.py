@@ -1,0 +1,81 @@
+"""Compilation cases of the attention kernels: every row of the tables, with the plainest and the richest rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastformer.kernels.attention.backward import attention_backward
+from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.forward import attention_forward
+
+_PLAIN: dict[str, Any] = {
+    "mask": None,
+    "slopes": None,
+    "sinks": None,
+    "seed": None,
+    "dropout_p": 0.0,
+    "threshold": 1,
+    "causal": False,
+    "scale": 0.1,
+    "bottom_right": False,
+    "left": -1,
+    "right": -1,
+    "softcap": 0.0,
+}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _call(dim: int, dtype: torch.dtype, kind: str) -> Call:
+    batch, heads, length = 4, 8, 1024
+    rules = dict(_PLAIN)
+    if kind == "packed":
+        q, k, v = (_meta(batch * length, n, dim, dtype=dtype) for n in (heads, 2, 2))
+        bounds = _meta(batch + 1, dtype=torch.int32)
+        return Call(q, k, v, bounds, bounds, length, length, **rules)
+    q, k, v = (_meta(batch, length, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, 2, 2))
+    if kind == "causal":
+        rules |= {"causal": True, "left": 256}
+    elif kind == "padded":
+        rules |= {"mask": _meta(batch, 1, 1, length, dtype=torch.bool).expand(batch, heads, length, length)}
+        rules |= {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
+    elif kind == "rich":
+        rules |= {"causal": True, "bottom_right": True, "left": 99, "right": 9, "softcap": 30.0, "dropout_p": 0.1}
+        rules |= {"mask": _meta(1, heads, length, length, dtype=dtype).expand(batch, heads, length, length)}
+        rules |= {"slopes": _meta(heads), "sinks": _meta(heads), "seed": _meta(1, dtype=torch.int64)}
+    return Call(q, k, v, None, None, 0, 0, **rules)
+
+
+def _case(dim: int, dtype: torch.dtype, kind: str) -> Callable[[], None]:
+    def run() -> None:
+        call = _call(dim, dtype, kind)
+        out, lse = attention_forward(call)
+        attention_backward(call, out, lse, torch.empty_like(out), torch.empty_like(lse) if kind == "rich" else None)
+
+    return run
+
+
+def cases() -> list[tuple[str, Callable[[], None]]]:
+    """(name, forward and backward on meta tensors)."""
+    half, single = torch.bfloat16, torch.float32
+    chosen = [
+        (64, half, "packed"),
+        (64, half, "causal"),
+        (64, half, "padded"),
+        (64, half, "rich"),
+        (128, half, "causal"),
+        (128, half, "rich"),
+        (256, half, "causal"),
+        (256, half, "rich"),
+        (512, half, "causal"),
+        (512, half, "rich"),
+        (64, single, "rich"),
+        (128, single, "causal"),
+        (256, single, "rich"),
+    ]
+    return [(f"{kind}-{dim}-{str(dtype)[6:]}", _case(dim, dtype, kind)) for dim, dtype, kind in chosen]

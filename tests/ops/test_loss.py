@@ -1,0 +1,254 @@
+"""Cross-entropy and linear_cross_entropy."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checking import compare, fenced
+
+from fastformer.ops import loss
+from fastformer.ops.loss import cross_entropy, linear_cross_entropy
+
+
+def random_options(pick, classes, lead, generator, device):
+    """Target and options of either loss."""
+    target = torch.randint(0, classes, lead, generator=generator)
+    ignore = pick.choice([-100, 0])
+    if pick.random() < 0.5 and target.numel() > 1:
+        target.flatten()[:: pick.choice([2, 3])] = ignore
+    if target.numel():
+        target.flatten()[-1] = classes - 1
+    options = {
+        "ignore_index": ignore,
+        "reduction": pick.choice(["mean", "sum", "none"]),
+        "label_smoothing": pick.choice([0.0, 0.0, 0.1, 1.0]),
+        "z_loss": pick.choice([0.0, 0.0, 1e-2]),
+        "softcap": pick.choice([None, None, 5.0]),
+    }
+    weights = torch.rand(classes, generator=generator).to(device) if pick.random() < 0.4 else None
+    return target.to(device), options, weights
+
+
+def random_case(number, device, dtypes):
+    pick = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    classes = pick.choice([2, 3, 16, 33, 100, 515])
+    lead = pick.choice([(1,), (5,), (2, 3), (17,)])
+    target, options, weights = random_options(pick, classes, lead, generator, device)
+    scale, slack = pick.choice([1.0, 8.0]), pick.choice([0, 5])
+    logits = fenced((*lead, classes), pick.choice(dtypes), generator, device, slack, scale)
+    return (lambda logits: cross_entropy(logits, target, weights, **options)), {"logits": logits}
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_fuzz(number, device, interpreting, monkeypatch, poisoned):
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    compare(*random_case(number, device, dtypes), monkeypatch, number)
+
+
+def random_linear_case(number, device, dtypes):
+    pick = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    classes, width = pick.choice([2, 33, 100]), pick.choice([8, 24])
+    lead = pick.choice([(1,), (5,), (2, 3), (40,)])
+    target, options, weights = random_options(pick, classes, lead, generator, device)
+    dtype = pick.choice(dtypes)
+    tensors = {
+        "input": fenced((*lead, width), dtype, generator, device),
+        "weight": fenced((classes, width), dtype, generator, device, scale=0.2),
+    }
+    if pick.random() < 0.5:
+        tensors["bias"] = fenced((classes,), dtype, generator, device)
+
+    def call(input, weight, bias=None):
+        return linear_cross_entropy(input, weight, target, bias, weights, **options)
+
+    def stock(input, weight, bias=None):
+        return cross_entropy(F.linear(input, weight, bias), target, weights, **options)
+
+    return call, stock, tensors
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_linear_fuzz(number, device, interpreting, monkeypatch, poisoned):
+    """Blocks of few rows, so that gradients are summed over several."""
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 2000)
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    call, stock, tensors = random_linear_case(number, device, dtypes)
+    compare(call, tensors, monkeypatch, number, stock=stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 11))
+def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 2000)
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    for number in range(batch * 1000, batch * 1000 + 30):
+        compare(*random_case(number, device, dtypes), monkeypatch, number)
+        call, stock, tensors = random_linear_case(number, device, dtypes)
+        compare(call, tensors, monkeypatch, number, stock=stock)
+
+
+def test_several_column_blocks(device, monkeypatch):
+    kernels = pytest.importorskip("fastformer.kernels.loss")
+    monkeypatch.setattr(kernels, "BLOCK_COLUMNS", 32)
+    generator = torch.Generator().manual_seed(0)
+    target, weights = torch.tensor([0, 99, 31, -100], device=device), torch.rand(100, generator=generator).to(device)
+    tensors = {"logits": fenced((4, 100), torch.float32, generator, device)}
+    compare(lambda logits: cross_entropy(logits, target, weights, label_smoothing=0.1), tensors, monkeypatch)
+
+
+def test_torch_backend_is_stock_bit_for_bit(monkeypatch):
+    monkeypatch.setenv("FASTFORMER_BACKEND", "torch")
+    x, t = torch.randn(6, 11), torch.tensor([1, 2, -100, 4, 10, 0])
+    assert torch.equal(cross_entropy(x, t), F.cross_entropy(x, t))
+    assert torch.equal(cross_entropy(x, t, label_smoothing=0.1), F.cross_entropy(x, t, label_smoothing=0.1))
+
+
+def test_masked_classes(device):
+    """Logits of -inf (also a whole first block of them) are classes that cannot be."""
+    x = torch.randn(3, 70, device=device)
+    x[:, :40] = float("-inf")
+    x.requires_grad_()
+    target = torch.tensor([41, 69, 50], device=device)
+    value = cross_entropy(x, target)
+    value.backward()
+    torch.testing.assert_close(value, F.cross_entropy(x[:, 40:], target - 40))
+    assert (x.grad[:, :40] == 0).all()
+    assert x.grad.isfinite().all()
+
+
+def test_ignored_rows_may_hold_anything(device, interpreting):
+    if device.type == "cpu" and not interpreting:
+        pytest.skip("stock lets the NaN through")
+    x = torch.randn(3, 20, device=device)
+    x[1] = float("nan")
+    x.requires_grad_()
+    target = torch.tensor([3, -100, 4], device=device)
+    value = cross_entropy(x, target, reduction="sum")
+    value.backward()
+    assert value.isfinite()
+    assert (x.grad[1] == 0).all()
+
+
+def test_all_ignored_is_nan_as_stock(device):
+    x, target = torch.randn(3, 20, device=device), torch.full((3,), -100, device=device)
+    assert cross_entropy(x, target).isnan()
+    assert cross_entropy(x, target, reduction="sum") == 0
+
+
+def test_target_out_of_range_is_never_a_number(device, interpreting):
+    x, target = torch.randn(2, 20, device=device), torch.tensor([3, 20], device=device)
+    if device.type == "cpu" and not interpreting:
+        with pytest.raises(IndexError):
+            cross_entropy(x, target)
+    else:
+        assert cross_entropy(x, target).isnan()
+
+
+def test_linear_scales_with_the_gradient_sent(device, monkeypatch):
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 1000)
+    x, w = torch.randn(30, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device, requires_grad=True)
+    target = torch.randint(0, 20, (30,), device=device)
+    one = torch.autograd.grad(linear_cross_entropy(x, w, target), (x, w))
+    three = torch.autograd.grad(3 * linear_cross_entropy(x, w, target), (x, w))
+    for a, b in zip(one, three, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_linear_frozen_head(device):
+    x, w = torch.randn(9, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)
+    target = torch.randint(0, 20, (9,), device=device)
+    linear_cross_entropy(x, w, target).backward()
+    expected = x.detach().requires_grad_()
+    F.cross_entropy(F.linear(expected, w), target).backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_linear_never_holds_all_logits(device, monkeypatch):
+    """The largest tensor made on the way is a block, not (rows, classes)."""
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 16 * 1000 * 4)
+    x, w = torch.randn(320, 4, device=device, requires_grad=True), torch.randn(1000, 4, device=device)
+    target = torch.randint(0, 1000, (320,), device=device)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(x, w, target).backward()
+    assert 0 < largest <= 16 * 1000
+
+
+def test_autocast(device, interpreting):
+    x, w = torch.randn(9, 8, device=device), torch.randn(20, 8, device=device)
+    target = torch.randint(0, 20, (9,), device=device)
+    dtype = torch.float16 if interpreting or device.type == "cuda" else torch.bfloat16
+    with torch.autocast(device.type, dtype=dtype):
+        value = linear_cross_entropy(x, w, target)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, F.cross_entropy(F.linear(x, w), target), rtol=2e-2, atol=2e-2)
+
+
+def test_empty(device):
+    x = torch.randn(0, 8, device=device, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.int64, device=device)
+    assert cross_entropy(x, target, reduction="sum") == 0
+    assert cross_entropy(x, target, reduction="none").shape == (0,)
+    assert linear_cross_entropy(x, torch.randn(5, 8, device=device), target, reduction="none").shape == (0,)
+
+
+def test_bad_arguments(device):
+    x, t = torch.randn(3, 8, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(TypeError, match="target must be one of int64, got float32"):
+        cross_entropy(x, t.float())
+    with pytest.raises(ValueError, match=r"target must have shape \(3\)"):
+        cross_entropy(x, t[:2])
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'avg'"):
+        cross_entropy(x, t, reduction="avg")
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1"):
+        cross_entropy(x, t, label_smoothing=2.0)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        cross_entropy(x, t, softcap=0.0)
+    with pytest.raises(ValueError, match="z_loss must not be negative"):
+        cross_entropy(x, t, z_loss=-1.0)
+    with pytest.raises(ValueError, match=r"weight must have shape \(8\)"):
+        cross_entropy(x, t, torch.ones(3, device=device))
+    with pytest.raises(ValueError, match=r"weight must have shape \(any, 8\)"):
+        linear_cross_entropy(x, torch.ones(5, 7, device=device), t)
+    with pytest.raises(TypeError, match="weight and bias must be"):
+        linear_cross_entropy(x, torch.ones(5, 8, device=device).half(), t)
+
+
+def test_full_route(device, interpreting):
+    if not interpreting and device.type == "cpu":
+        pytest.skip("the CPU backend registers no operator")
+    x, t = torch.randn(3, 20, device=device, requires_grad=True), torch.tensor([1, -100, 3], device=device)
+    torch.library.opcheck(loss._rows_op.op, (x, t, None, -100, 0.1, 0.0, 0.0))
+
+
+def test_linear_full_route(device):
+    x, w = (torch.randn(6, 8, device=device, requires_grad=True) for _ in range(2))
+    t = torch.tensor([1, -100, 3, 2, 0, 5], device=device)
+    args = (x, w, None, t, None, True, -100, 0.0, 0.0, 0.0, True, True, False)
+    torch.library.opcheck(loss._linear_op.op, args)
+
+
+def test_compile(device):
+    x, w = (torch.randn(6, 8, device=device, requires_grad=True) for _ in range(2))
+    t = torch.tensor([1, -100, 3, 2, 0, 5], device=device)
+
+    def step(x, w):
+        return linear_cross_entropy(x, w, t) + cross_entropy(x, t, label_smoothing=0.1)
+
+    eager = torch.autograd.grad(step(x, w), (x, w))
+    compiled = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(x, w), (x, w))
+    for a, c in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, c)
