@@ -65,11 +65,21 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias")
 
+
+def _known(families: dict[str, Any]) -> dict[str, Any]:
+    """Families that the installed transformers shapes as ours expect; before version 5 not all of them."""
+    later = ("distilbert", "modernbert", "gpt2", "gemma2", "gemma3")
+    return families if IS_5 else {name: value for name, value in families.items() if name not in later}
+
+
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
+ALL = {**ENCODERS, **DECODERS}
+ENCODERS, DECODERS = _known(ENCODERS), _known(DECODERS)
 FAMILIES = {**ENCODERS, **DECODERS}
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    prefix, settings = FAMILIES[family]
+    prefix, settings = ALL[family]
     name = "Gemma3TextConfig" if family == "gemma3" else f"{prefix}Config"
     return getattr(transformers, name)(**{**settings, "num_labels": 3, **changes})
 
@@ -77,7 +87,7 @@ def config_of(family: str, **changes: Any) -> Any:
 def build(family: str, head: str, seed: int = 0, implementation: str = "eager", **changes: Any) -> Any:
     """A random model; `head` is "Model", "ForSequenceClassification", ... as in the class's name."""
     torch.manual_seed(seed)
-    prefix = FAMILIES[family][0]
+    prefix = ALL[family][0]
     if family == "gemma3" and head in ("Model", "ForSequenceClassification"):
         prefix = "Gemma3Text"
     if family == "gpt2" and head == "ForCausalLM":

@@ -147,6 +147,11 @@ def is_changed(module: torch.nn.Module) -> bool:
     return has_hooks(module) or not type(module).__module__.startswith("transformers.")
 
 
+def needs_5(module: torch.nn.Module) -> str:
+    """Reason against a class whose forward is another one before transformers 5, or ""."""
+    return "needs transformers 5" if returns_tuples() else ""
+
+
 def returns_tuples() -> bool:
     """Whether layers of the installed transformers return tuples (before version 5) or their hidden states."""
     return int(sys.modules["transformers"].__version__.split(".")[0]) < 5

@@ -156,20 +156,16 @@ def _post_norm(layer: Any, branch: Tensor, residual: Tensor, norm: Any) -> Tenso
     return out
 
 
-def _needs_5(module: torch.nn.Module) -> str:
-    return "needs transformers 5" if batch.returns_tuples() else ""
-
-
 def _bart(family: str, prefix: str) -> dict[str, Rule]:
     path = f"transformers.models.{family}.modeling_{family}.{prefix}"
     return {
         f"{path}Encoder": Rule(
-            PackedEncoderSide, "encoder without padding", _needs_5, removes_padding=True, routed=True
+            PackedEncoderSide, "encoder without padding", batch.needs_5, removes_padding=True, routed=True
         ),
         f"{path}Decoder": Rule(
-            PackedDecoderSide, "decoder without padding in training", _needs_5, removes_padding=True, routed=True
+            PackedDecoderSide, "decoder without padding in training", batch.needs_5, removes_padding=True, routed=True
         ),
-        f"{path}LearnedPositionalEmbedding": Rule(PlacedEmbedding, "positions of packed tokens", _needs_5),
+        f"{path}LearnedPositionalEmbedding": Rule(PlacedEmbedding, "positions of packed tokens", batch.needs_5),
     }
 
 
@@ -179,10 +175,10 @@ _BART = "transformers.models.bart.modeling_bart"
 RULES = {
     **_bart("bart", "Bart"),
     **_bart("mbart", "MBart"),
-    f"{_BART}.BartEncoderLayer": Rule(BartEncoderLayer, "fused dropout + residual + LayerNorm", _needs_5),
-    f"{_BART}.BartDecoderLayer": Rule(BartDecoderLayer, "fused dropout + residual + LayerNorm", _needs_5),
+    f"{_BART}.BartEncoderLayer": Rule(BartEncoderLayer, "fused dropout + residual + LayerNorm", batch.needs_5),
+    f"{_BART}.BartDecoderLayer": Rule(BartDecoderLayer, "fused dropout + residual + LayerNorm", batch.needs_5),
     f"{_T5}.T5Stack": Rule(
-        PackedT5, "stack without padding (decoder: in training)", _needs_5, removes_padding=True, routed=True
+        PackedT5, "stack without padding (decoder: in training)", batch.needs_5, removes_padding=True, routed=True
     ),
-    f"{_T5}.T5Attention": Rule(T5Attention, "fused attention", _needs_5, routed=True),
+    f"{_T5}.T5Attention": Rule(T5Attention, "fused attention", batch.needs_5, routed=True),
 }
