@@ -179,6 +179,6 @@ def cross_entropy_backward(
         _loss_backward[(rows, triton.cdiv(v, block))](
             dloss, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
             ignore_index, label_smoothing, z_loss, softcap,
-            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 16, 64),
+            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 8, 64),
         )  # fmt: skip
     return dx

@@ -125,6 +125,15 @@ def test_one_broken_case_does_not_stop_the_others(machine, tmp_path):
     assert again.faults() == []
 
 
+def test_a_backward_lost_in_noise_has_no_time():
+    from bench.gpu.timing import Timing, difference
+
+    assert difference(Timing(1.0, 0.01, 10, "graph"), Timing(0.99, 0.01, 10, "graph")) is None
+    found = difference(Timing(3.0, 0.01, 10, "graph"), Timing(1.0, 0.01, 10, "graph"))
+    assert found is not None
+    assert found.seconds == 2.0
+
+
 def test_rehearsed_timings_are_not_saved(machine, tmp_path):
     from bench.gpu import report
     from bench.gpu.results import Results
@@ -155,5 +164,5 @@ def test_tables_give_ratios(machine, tmp_path):
     results.write()
     assert "median 0.80" in report.write(tmp_path)
     table = (tmp_path / "summary.md").read_text()
-    assert "| case | 400 | 500 | – | 0.80 | 0.50 | 1.0 |" in table
+    assert "| case | 400 | 500 | – | 0.80 | 0.50 | 1.00 |" in table
     assert len(json.loads((tmp_path / "bench-attention.json").read_text())["rows"]) == 2

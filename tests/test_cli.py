@@ -140,17 +140,23 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path
     assert "matplotlib" not in refused(fastformer("demo", "--no-plot", cwd=tmp_path, code=hide))
 
 
-def test_tokenizer_and_model_that_are_not_there(tmp_path):
+def test_tokenizer_and_model_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "good.csv").write_text(GOOD)
     (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "empty").mkdir()
     for arguments in (
         ("--tokenizer", "nowhere.json"),
         ("--tokenizer", "tokenizer.json"),
         ("--model", "./nowhere"),
+        ("--model", "./empty"),
     ):
-        sentence = refused(fastformer("demo", "--data", "good.csv", *arguments, cwd=tmp_path))
+        assert main(["demo", "--data", "good.csv", *arguments]) == 2
+        *_, sentence = capsys.readouterr().err.splitlines()
+        assert sentence.startswith("fastformer: ")
         assert " ".join(arguments) in sentence
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.csv", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good.csv", "tokenizer.json"]
 
 
 def test_no_command_version_and_help():

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastformer as ff
 from bench.gpu.place import device, rehearsing
 from bench.gpu.results import Row, check_close
-from bench.gpu.timing import Timing, median_time
+from bench.gpu.timing import Timing, difference, median_time
 
 Attend = Callable[..., Tensor]
 
@@ -224,7 +224,7 @@ def _with_gradients(tensors: list[Tensor], causal: bool, math_only: bool) -> lis
     return [out.detach(), *torch.autograd.grad(out, [q, k, v], tensors[3])]
 
 
-def _time(attend: Attend, sets: list[list[Tensor]], causal: bool) -> tuple[Timing, Timing]:
+def _time(attend: Attend, sets: list[list[Tensor]], causal: bool) -> tuple[Timing, Timing | None]:
     def forward(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> None:
         attend(q, k, v, causal)
 
@@ -234,10 +234,12 @@ def _time(attend: Attend, sets: list[list[Tensor]], causal: bool) -> tuple[Timin
     alone = median_time([functools.partial(forward, *tensors) for tensors in sets])
     # A backward cannot be captured without its forward; its time is the difference.
     together = median_time([functools.partial(both, *tensors) for tensors in sets])
-    return alone, Timing(max(together.seconds - alone.seconds, 1e-9), together.spread, together.runs, together.method)
+    return alone, difference(together, alone)
 
 
-def _rate(timing: Timing, flop: float) -> dict[str, Any]:
+def _rate(timing: Timing | None, flop: float) -> dict[str, Any]:
+    if timing is None:
+        return {"unavailable": "lost in noise"}
     return {
         "us": timing.seconds * 1e6,
         "tflops": flop / timing.seconds / 1e12,

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastformer as ff
 from bench.gpu.place import device, rehearsing
 from bench.gpu.results import Row, check_close
-from bench.gpu.timing import Timing, median_time
+from bench.gpu.timing import Timing, difference, median_time
 
 Norm = Callable[..., tuple[Tensor, Tensor]]
 # (rows, features): BERT-base, BERT-large, a 7B decoder; the last fits no cache many times over.
@@ -89,7 +89,7 @@ def _check(tensors: list[Tensor], weight: Tensor, bias: Tensor) -> dict[str, flo
     return {name: check_close(name, *values) for name, *values in zip(names, *results, strict=True)}
 
 
-def _time(norm: Norm, sets: list[list[Tensor]], weight: Tensor, bias: Tensor, p: float) -> tuple[Timing, Timing]:
+def _time(norm: Norm, sets: list[list[Tensor]], weight: Tensor, bias: Tensor, p: float) -> tuple[Timing, Timing | None]:
     def forward(x: Tensor, residual: Tensor, *_: Tensor) -> None:
         norm(x, residual, weight, bias, p)
 
@@ -98,10 +98,12 @@ def _time(norm: Norm, sets: list[list[Tensor]], weight: Tensor, bias: Tensor, p:
 
     alone = median_time([functools.partial(forward, *tensors) for tensors in sets])
     together = median_time([functools.partial(both, *tensors) for tensors in sets])
-    return alone, Timing(max(together.seconds - alone.seconds, 1e-9), together.spread, together.runs, together.method)
+    return alone, difference(together, alone)
 
 
-def _rate(timing: Timing, size: int) -> dict[str, Any]:
+def _rate(timing: Timing | None, size: int) -> dict[str, Any]:
+    if timing is None:
+        return {"unavailable": "lost in noise"}
     return {
         "us": timing.seconds * 1e6,
         "gbs": size / timing.seconds / 1e9,

@@ -97,13 +97,12 @@ def _rates(rows: list[Stored], direction: str, ceilings: dict[str, float]) -> li
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for row in rows:
         rates = row[direction]
-        ours = rates["ours"][unit]
-        share = ours / ceilings[ceiling] if ceiling in ceilings else math.nan
+        ours = rates["ours"]
+        share = ours[unit] / ceilings[ceiling] if unit in ours and ceiling in ceilings else math.nan
+        numbers = [_ratio(rates, unit), share, ours.get("us", math.nan)]
         cells = [f"{rates[n][unit]:.3g}" if unit in rates.get(n, {}) else "–" for n in names]
-        lines.append(
-            f"| {row['key']} | " + " | ".join(cells) + f" | {_ratio(rates, unit):.2f} | {share:.2f} "
-            f"| {rates['ours']['us']:.1f} |"
-        )
+        cells += ["–" if math.isnan(value) else f"{value:.2f}" for value in numbers]
+        lines.append("| " + " | ".join([row["key"], *cells]) + " |")
     return lines
 
 
@@ -112,8 +111,9 @@ def _unit(rows: list[Stored]) -> str:
 
 
 def _ratio(rates: dict[str, Any], unit: str) -> float:
+    """Ours over the fastest peer; NaN where either is missing."""
     peers = [rate[unit] for name, rate in rates.items() if name != "ours" and unit in rate]
-    return rates["ours"][unit] / max(peers) if peers else math.nan
+    return rates["ours"][unit] / max(peers) if peers and unit in rates["ours"] else math.nan
 
 
 def _outcome(row: Stored) -> str:

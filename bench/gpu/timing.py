@@ -63,6 +63,13 @@ def median_time(calls: Sequence[Callable[[], object]], *, graph: bool = True) ->
     return timing
 
 
+def difference(together: Timing, alone: Timing) -> Timing | None:
+    """The time of what `together` does beyond `alone`; None where it drowns in the noise of the two."""
+    seconds = together.seconds - alone.seconds
+    noise = together.spread * together.seconds + alone.spread * alone.seconds
+    return Timing(seconds, noise / seconds, together.runs, together.method) if seconds > noise else None
+
+
 def host_time(call: Callable[[], object], count: int = 200) -> float:
     """Median host seconds of one eager call, the device's work excluded: it queues up behind."""
     for _ in range(10):

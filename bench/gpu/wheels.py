@@ -57,7 +57,8 @@ def gather(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.whl"):
         path.unlink()
-    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder), str(ROOT)]
+    # By way of the source distribution, whose folder is clean: build/ here may hold modules that are gone by now.
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     platforms = [part for name in PLATFORMS for part in ("--platform", name)]
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     fetch += ["--python-version", PYTHON, "--implementation", "cp", *platforms, "--dest", str(folder), *PACKAGES]
@@ -65,6 +66,8 @@ def gather(folder: Path) -> int:
         status = subprocess.run(command, cwd=ROOT).returncode
         if status:
             return status
+    for path in folder.glob("*.tar.gz"):
+        path.unlink()
     size = sum(path.stat().st_size for path in folder.glob("*.whl"))
     print(f"{len(list(folder.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB in {folder}")
     return 0

@@ -183,6 +183,8 @@ def _exact_differences(
 
 
 def _check_ids(model: Any, *parts: Passages) -> None:
+    if any(not ids for part in parts for ids in part.ids):
+        raise UserError("the tokenizer gives no ids for some of the passages")
     highest = max(max(ids) for part in parts for ids in part.ids)
     rows = model.get_input_embeddings().num_embeddings
     if highest >= rows:

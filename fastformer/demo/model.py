@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def load_checkpoint(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"--model {name} cannot be loaded: there is no such folder")  # and no name on a hub
     torch.manual_seed(seed)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -6,8 +6,6 @@ import pytest
 
 from fastformer.demo.training import Passages
 
-pytest.importorskip("transformers")
-
 VOCAB = 100
 LENGTH = 48  # of padded batches
 

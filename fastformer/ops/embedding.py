@@ -1,0 +1,219 @@
+"""Word, position and token-type embedding, LayerNorm and dropout in one pass; see `fastformer.kernels.embedding`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastformer.ops.backend import backend_for
+from fastformer.ops.norm import norm_reference
+from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
+from fastformer.ops.validate import FLOATS, check_probability, check_tensor
+
+_DTYPES = (*FLOATS, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    word: Tensor,
+    position: Tensor | None = None,
+    token_type: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    *,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
+
+    Args:
+        input_ids: (..., S) int64 or int32; packed text is (T,).
+        word, position, token_type: (rows, N) tables of one dtype; position and token_type may be None.
+        weight, bias: (N,) or None.
+        position_ids: shape of input_ids; None: 0 … S - 1.
+        token_type_ids: shape of input_ids; None: 0.
+        padding_idx: row of word without a gradient, or None.
+        out_dtype, dropout_p, training, dropout_seed: as in `fastformer.ops.add_layer_norm`.
+
+    Returns:
+        (..., S, N). On a GPU an id that its table does not have gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, device or range.
+    """
+    check_probability("dropout_p", dropout_p)
+    check_tensor("input_ids", input_ids, dtypes=_INTEGERS)
+    if input_ids.ndim == 0:
+        raise ValueError("input_ids must have at least one dimension, got shape ()")
+    shape, device = input_ids.shape, input_ids.device
+    check_tensor("word", word, ndim=2, dtypes=_DTYPES, device=device)
+    for name, table in (("position", position), ("token_type", token_type)):
+        if table is not None:
+            check_tensor(name, table, dtypes=(word.dtype,), shape=(None, word.shape[1]), device=device)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_tensor(name, value, dtypes=_DTYPES, shape=word.shape[1:], device=device)
+    for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        if ids is not None:
+            check_tensor(name, ids, dtypes=_INTEGERS, shape=shape, device=device)
+    if position is not None and position_ids is None and shape[-1] > position.shape[0]:
+        raise ValueError(f"position must have a row for each of {shape[-1]} positions, got {position.shape[0]}")
+    if dropout_seed is not None:
+        check_tensor("dropout_seed", dropout_seed, dtypes=(torch.int64,), shape=(1,), device=device)
+    p = dropout_p if training else 0.0
+    tables = (word, position, token_type)
+    if backend_for(device) == "torch" or word.dtype == torch.float64 or not _fits(word.shape[1]):
+        total = embedding_reference(input_ids, position_ids, token_type_ids, *tables, padding_idx)
+        out = dropout(norm_reference(total, weight, bias, eps, False), p, dropout_seed)
+        return out if out_dtype is None else out.to(out_dtype)
+    if out_dtype is None:
+        out_dtype = torch.float32 if torch.is_autocast_enabled(device.type) else word.dtype
+    if p == 0.0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = draw_seed(device)
+    packed = (None if t is None else t.contiguous() for t in (input_ids, position_ids, token_type_ids))
+    dense = (None if t is None else t.contiguous() for t in (*tables, weight, bias))
+    padding = -1 if padding_idx is None else padding_idx % word.shape[0]
+    return _embed_op(*packed, *dense, dropout_seed, p, eps, padding, out_dtype, torch.is_grad_enabled())[0]
+
+
+def embedding_reference(
+    ids: Tensor,
+    place: Tensor | None,
+    types: Tensor | None,
+    word: Tensor,
+    position: Tensor | None,
+    token_type: Tensor | None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """The sum of rows by PyTorch: types before places, the order BERT adds them in."""
+    total = F.embedding(ids, word, padding_idx)
+    if token_type is not None:
+        total = total + (token_type[0] if types is None else F.embedding(types, token_type))
+    if position is not None:
+        total = total + (position[: ids.shape[-1]] if place is None else F.embedding(place, position))
+    return total
+
+
+def _fits(width: int) -> bool:
+    from fastformer.kernels.embedding import MAXIMUM_WIDTH
+
+    return 0 < width <= MAXIMUM_WIDTH
+
+
+def _forward(
+    ids: Tensor,
+    place: Tensor | None,
+    types: Tensor | None,
+    word: Tensor,
+    position: Tensor | None,
+    token_type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    padding: int,
+    out_dtype: torch.dtype,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastformer.kernels.embedding import embed_forward
+
+    out, total, stats = embed_forward(
+        ids, place, types, word, position, token_type, weight, bias, seed, dropout_threshold(p), keep_scale(p), eps,
+        out_dtype, keep_sum,
+    )  # fmt: skip
+    return out, word.new_empty(0) if total is None else total, stats
+
+
+def _forward_fake(
+    ids, place, types, word, position, token_type, weight, bias, seed, p, eps, padding, out_dtype, keep_sum
+):  # fmt: skip
+    shape = (*ids.shape, word.shape[1])
+    return (
+        word.new_empty(shape, dtype=out_dtype),
+        word.new_empty(shape if keep_sum else 0),
+        word.new_empty((2, ids.numel()), dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ids, place, types, word, position, token_type, weight, bias, seed, p, _, padding, _, _ = inputs
+    _, total, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(total, stats)
+    ctx.save_for_backward(ids, place, types, total, stats, weight, seed)
+    ctx.p, ctx.padding = p, padding
+    ctx.sizes = tuple(None if t is None else t.shape[0] for t in (word, position, token_type))
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if dy is None:
+        return (None,) * 14
+    ids, place, types, total, stats, weight, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [d if need else None for d, need in zip(ctx.dtypes, needs[6:8], strict=True)]
+    dz, *sums = _embed_backward(dy, total, stats, weight, seed, ctx.p, *wanted)
+    found = iter(sums)
+    parameters = [None if dtype is None else next(found) for dtype in wanted]
+    tables: list[Tensor | None] = [None, None, None]
+    scatter = torch.ops.aten.embedding_dense_backward
+    if needs[3]:
+        tables[0] = scatter(dz, ids, ctx.sizes[0], ctx.padding, False)
+    if needs[4]:
+        if place is None:
+            length = ids.shape[-1]
+            tables[1] = F.pad(dz.reshape(-1, length, dz.shape[-1]).sum(0), (0, 0, 0, ctx.sizes[1] - length))
+        else:
+            tables[1] = scatter(dz, place, ctx.sizes[1], -1, False)
+    if needs[5]:
+        if types is None:
+            tables[2] = F.pad(dz.reshape(-1, dz.shape[-1]).sum(0, keepdim=True), (0, 0, 0, ctx.sizes[2] - 1))
+        else:
+            tables[2] = scatter(dz, types, ctx.sizes[2], -1, False)
+    return None, None, None, *tables, *parameters, *nothing
+
+
+def _run_backward(
+    dy: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of the sum of rows, weight and bias."""
+    from fastformer.kernels.activation import activation_backward
+    from fastformer.kernels.norm import norm_backward
+
+    nothing = (0, 1.0)
+    if seed is not None and dy.numel():
+        drop = (seed, dropout_threshold(p), keep_scale(p))
+        (dy,) = activation_backward(dy, dy, None, None, *drop, "identity", dy.dtype, None, None)
+    kinds = (total.dtype, None, weight_dtype, bias_dtype)
+    return norm_backward(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
+
+
+def _run_backward_fake(dy, total, stats, weight, seed, p, *dtypes):
+    n = total.shape[-1:]
+    return [torch.empty_like(total), *(total.new_empty(n, dtype=d) for d in dtypes if d is not None)]
+
+
+_embed_op = Operator("embedding_layer_norm", _forward, _forward_fake, _setup_context, _backward)
+_embed_backward = Kernel("embedding_layer_norm_backward", _run_backward, _run_backward_fake)

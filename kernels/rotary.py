@@ -1,0 +1,124 @@
+"""Rotary position embedding of queries and keys in one launch.
+
+Pair i of a head's first R dimensions turns by the angle of its token's position: with (a, b) the pair,
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+
+where the pair is (x_i, x_{i + R/2}) ("half", GPT-NeoX, Llama) or (x_{2i}, x_{2i+1}) ("interleaved", GPT-J, RoFormer).
+Dimensions from R on are copied. Backward turns by the negative angle. Su et al. 2021, "RoFormer".
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastformer.kernels.rows import shape_of_program, target
+
+
+@triton.jit
+def _turn_heads(
+    X, Y, x_b, x_s, x_h, x_d, y_b, y_s, y_h, batch, token, first_head, cos, sin, heads,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Turn BLOCK_H heads of one token; y's last dimension has unit stride."""
+    head = first_head + tl.arange(0, BLOCK_H)
+    pair = tl.arange(0, BLOCK_R)
+    first = pair * 2 if INTERLEAVED else pair
+    second = first + (1 if INTERLEAVED else R // 2)
+    x = X + batch * x_b + token * x_s + head.to(tl.int64)[:, None] * x_h
+    y = Y + batch * y_b + token * y_s + head.to(tl.int64)[:, None] * y_h
+    inside = (head < heads)[:, None] & (pair < R // 2)[None, :]  # [BLOCK_H, BLOCK_R]
+    a = tl.load(x + first[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + second[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + first[None, :], a * cos[None, :] - b * sin[None, :], mask=inside)
+    tl.store(y + second[None, :], b * cos[None, :] + a * sin[None, :], mask=inside)
+    if R < D:
+        column = R + tl.arange(0, BLOCK_D)
+        rest = (head < heads)[:, None] & (column < D)[None, :]
+        tl.store(y + column[None, :], tl.load(x + column[None, :] * x_d, mask=rest), mask=rest)
+
+
+@triton.jit(do_not_specialize=["S", "P"])
+def _rotate(
+    Q, K, COS, SIN, POSITION, Q_OUT, K_OUT, S, P, cos_p, sin_p,
+    q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, qo_b, qo_s, qo_h, ko_b, ko_s, ko_h,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BY_TOKEN: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H heads of one token a program: tokens along grid axis 0, head blocks of Q and then of K along axis 1."""
+    index = tl.program_id(0).to(tl.int64)
+    batch, token = index // S, index % S
+    block = tl.program_id(1)
+    position = token
+    if POSITION is not None:
+        position = tl.load(POSITION + index).to(tl.int64)
+    elif BY_TOKEN:
+        position = index
+    pair = tl.arange(0, BLOCK_R)
+    # A position the table does not have gives NaN, not what lies behind the table.
+    known = (pair < R // 2) & (position >= 0) & (position < P)
+    cos = tl.load(COS + position * cos_p + pair, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(SIN + position * sin_p + pair, mask=known, other=float("nan")).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    blocks_q: tl.constexpr = (HEADS_Q + BLOCK_H - 1) // BLOCK_H
+    if block < blocks_q:
+        _turn_heads(
+            Q, Q_OUT, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, batch, token, block * BLOCK_H, cos, sin, HEADS_Q,
+            D, R, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    elif K is not None:
+        _turn_heads(
+            K, K_OUT, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, batch, token, (block - blocks_q) * BLOCK_H, cos, sin,
+            HEADS_K, D, R, INTERLEAVED, BLOCK_H, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+
+
+def _empty_beside(x: Tensor) -> Tensor:
+    """Room for a result: x's memory order, unless its last dimension is strided."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def rotate(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor | None,
+    interleaved: bool,
+    by_token: bool,
+    inverse: bool,
+) -> list[Tensor]:
+    """Launch the kernel.
+
+    Args:
+        query, key: (B, S, H, D), any strides; the number of heads may differ.
+        cos, sin: (P, R / 2) with unit stride in the last dimension, R even and at most D.
+        position: (B, S) contiguous integers, or None for a token's place in its sequence, or with `by_token` its
+            place in the batch.
+        inverse: turn by the negative angle.
+
+    Returns:
+        new tensors for query and, if there is one, key; in their memory order where that is dense.
+    """
+    batch, s, heads, d = query.shape
+    outs = [_empty_beside(x) for x in (query, key) if x is not None]
+    if query.numel() + (0 if key is None else key.numel()) == 0:
+        return outs
+    r = 2 * cos.shape[1]
+    heads_k = 0 if key is None else key.shape[2]
+    block_h = min(triton.next_power_of_2(max(heads, heads_k)), 16)
+    block_r = triton.next_power_of_2(max(r // 2, 1))
+    block_d = triton.next_power_of_2(max(d - r, 1))
+    k_strides = key.stride() if key is not None else (0, 0, 0, 0)
+    grid = (batch * s, triton.cdiv(heads, block_h) + triton.cdiv(heads_k, block_h))
+    _rotate[grid](
+        query, key, cos, sin, position, outs[0], outs[1] if key is not None else None, s, cos.shape[0],
+        cos.stride(0), sin.stride(0), *query.stride(), *k_strides, *outs[0].stride()[:3], *outs[-1].stride()[:3],
+        heads, heads_k, d, r, interleaved, by_token, inverse, block_h, block_r, block_d,
+        **shape_of_program(target(query), block_h * block_r, 4, 128),
+    )  # fmt: skip
+    return outs

@@ -1,0 +1,98 @@
+"""Embedding, LayerNorm and dropout of BERT-class models."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checking import compare, fenced
+
+from fastformer.ops import embedding
+from fastformer.ops.embedding import embedding_layer_norm
+
+
+def random_case(number, device, dtypes):
+    pick = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    lead = pick.choice([(7,), (2, 5), (3, 1), (0, 4), (33,)])
+    width = pick.choice([1, 3, 16, 100, 257])
+    dtype = pick.choice(dtypes)
+    wide = pick.choice([dtype, torch.float32])
+
+    def ids(limit):
+        return torch.randint(0, limit, lead, generator=generator).to(device, pick.choice([torch.int64, torch.int32]))
+
+    # A table's own rows are read where they lie; only its outside may be poison.
+    tensors = {"word": fenced((20, width), dtype, generator, device)}
+    options = {"input_ids": ids(20), "eps": 1e-5, "padding_idx": pick.choice([None, 0, -1])}
+    if pick.random() < 0.7:
+        tensors["position"] = fenced((40, width), dtype, generator, device)
+        options["position_ids"] = ids(40) if pick.random() < 0.5 else None
+    if pick.random() < 0.7:
+        tensors["token_type"] = fenced((2, width), dtype, generator, device)
+        options["token_type_ids"] = ids(2) if pick.random() < 0.5 else None
+    if pick.random() < 0.8:
+        tensors["weight"] = fenced((width,), wide, generator, device)
+        tensors["bias"] = fenced((width,), wide, generator, device)
+    if pick.random() < 0.6:
+        options |= {"dropout_p": 0.3, "dropout_seed": torch.tensor([number * 31], device=device)}
+    return (lambda **leaves: embedding_layer_norm(**leaves, **options)), tensors
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_fuzz(number, device, interpreting, monkeypatch, poisoned):
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    compare(*random_case(number, device, dtypes), monkeypatch, number)
+
+
+def test_torch_backend_is_stock_bit_for_bit(monkeypatch):
+    monkeypatch.setenv("FASTFORMER_BACKEND", "torch")
+    word, place, kind = torch.randn(20, 16), torch.randn(9, 16), torch.randn(2, 16)
+    w, b, ids, types = torch.randn(16), torch.randn(16), torch.randint(0, 20, (3, 7)), torch.randint(0, 2, (3, 7))
+    total = F.embedding(ids, word) + F.embedding(types, kind) + F.embedding(torch.arange(7).expand(3, 7), place)
+    ours = embedding_layer_norm(ids, word, place, kind, w, b, token_type_ids=types)
+    assert torch.equal(ours, F.layer_norm(total, (16,), w, b, 1e-12))
+
+
+def test_padding_row_gets_no_gradient(device):
+    word = torch.randn(5, 16, device=device, requires_grad=True)
+    embedding_layer_norm(torch.tensor([0, 1, 4], device=device), word, padding_idx=1).square().sum().backward()
+    assert (word.grad[1] == 0).all()
+    assert (word.grad[[2, 3]] == 0).all()
+    assert (word.grad[0] != 0).any()
+
+
+def test_id_beyond_the_table_is_never_a_number(device, interpreting):
+    word, ids = torch.randn(5, 16, device=device), torch.tensor([1, 5], device=device)
+    if device.type == "cpu" and not interpreting:
+        with pytest.raises(IndexError):
+            embedding_layer_norm(ids, word)
+    else:
+        out = embedding_layer_norm(ids, word)
+        assert out[0].isfinite().all()
+        assert out[1].isnan().all()
+
+
+def test_bad_arguments(device):
+    ids, word = torch.zeros(2, 6, dtype=torch.int64, device=device), torch.randn(5, 8, device=device)
+    with pytest.raises(TypeError, match="input_ids must be one of int64, int32"):
+        embedding_layer_norm(ids.float(), word)
+    with pytest.raises(ValueError, match=r"position must have shape \(any, 8\)"):
+        embedding_layer_norm(ids, word, word[:, :4])
+    with pytest.raises(ValueError, match="position must have a row for each of 6 positions, got 5"):
+        embedding_layer_norm(ids, word, word)
+    with pytest.raises(ValueError, match=r"token_type_ids must have shape \(2, 6\)"):
+        embedding_layer_norm(ids, word, token_type=word, token_type_ids=ids[:1])
+    with pytest.raises(TypeError, match="token_type must be one of float32"):
+        embedding_layer_norm(ids, word, token_type=word.half())
+
+
+def test_full_route(device, interpreting):
+    if not interpreting and device.type == "cpu":
+        pytest.skip("the CPU backend registers no operator")
+    ids = torch.tensor([[0, 3, 4]], device=device)
+    word, place = (torch.randn(5, 8, device=device, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(8, device=device, requires_grad=True) for _ in range(2))
+    seed = torch.tensor([3], device=device)
+    args = (ids, None, None, word, place, None, w, b, seed, 0.2, 1e-5, -1, torch.float32, True)
+    torch.library.opcheck(embedding._embed_op.op, args)
