@@ -13,6 +13,7 @@ An argument that is neither understood nor known to be without effect raises: ig
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from fastformer.nn.counters import count_fused
 from fastformer.ops.packing import Packing
 
 NAME = "fastformer"
+_WEIGHT_COLUMNS = 128
+# Set around a base model's forward whose own code keeps output_attentions from its attention modules (GPT-2).
+WANTS_WEIGHTS: ContextVar[bool] = ContextVar("fastformer_wants_weights", default=False)
 
 # Bookkeeping of transformers that says nothing about which keys a query may see.
 _WITHOUT_EFFECT = frozenset(
@@ -114,11 +118,10 @@ def attention_forward(
         "softcap": softcap,
         "sinks": s_aux,
     }
-    wants_weights = kwargs.get("output_attentions") or getattr(
-        getattr(module, "config", None), "output_attentions", False
-    )
-    if wants_weights:
-        raise NotImplementedError("output_attentions")
+    wants_weights = WANTS_WEIGHTS.get() or kwargs.get("output_attentions")
+    wants_weights = wants_weights or getattr(getattr(module, "config", None), "output_attentions", False)
+    if wants_weights and (packing is not None or (plan is not None and plan.keys is not None)):
+        raise ValueError("output_attentions needs one sequence a row, got a packed batch")
     if plan is not None and plan.keys is not None:
         return _across(query, key, value, plan, options), None
     if packing is not None:
@@ -127,12 +130,13 @@ def attention_forward(
         q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
         return _packed(q, k, v, packing, options)[None], None
     to_itself = causal and query.shape[2] == key.shape[2]
-    if to_itself and plan is not None and plan.mask is not None and position_bias is None:
+    if to_itself and plan is not None and plan.mask is not None and position_bias is None and not wants_weights:
         out = _unpadded(query, key, value, plan.mask, options)
         if out is not None:
             return out, None
     mask = _dense_mask(plan, dense_mask, position_bias, query.dtype)
-    return ops.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options).transpose(1, 2), None
+    out = ops.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options).transpose(1, 2)
+    return out, _weights(query, key, mask, options) if wants_weights else None
 
 
 def _packing(
@@ -221,6 +225,18 @@ def _biased(
     mask = bias.to(query.dtype).masked_fill(~real.view(packing.batch, 1, 1, packing.seqlen), -torch.inf)
     out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     return packing.pack(out.transpose(1, 2))[None]
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The attention weights [batch, heads, seqlen_q, seqlen_k], before dropout: attention to the unit vectors."""
+    batch, heads, length, _ = key.shape
+    parts = []
+    for start in range(0, length, _WEIGHT_COLUMNS):
+        unit = torch.eye(length, dtype=key.dtype, device=key.device)[:, start : start + _WEIGHT_COLUMNS]
+        values = unit.expand(batch, heads, -1, -1)
+        kept = {**options, "dropout_p": 0.0}
+        parts.append(ops.scaled_dot_product_attention(query, key, values, attn_mask=mask, **kept))
+    return torch.cat(parts, -1)
 
 
 def _dense_mask(

@@ -81,15 +81,21 @@ def packing_of(mask: Tensor) -> Packing:
 
     Waits for the device once a batch, and counts that: the packing is kept on the mask, until that is written to.
     """
-    version = None if mask.is_inference() else mask._version
-    known = getattr(mask, "fastformer_packing", None)
-    if known is None or version is None or known[0] != version:
+    version, packing = getattr(mask, "fastformer_packing", (None, None))
+    # Tensors made in inference mode count no versions; they are not remembered but where a batch came packed.
+    if packing is None or version != (None if mask.is_inference() else mask._version):
         if mask.device.type != "cpu":
             count_host_read()
-        known = (version, Packing.from_mask(mask))
-        mask.fastformer_packing = known  # type: ignore[attr-defined]
-    packing: Packing = known[1]
+        packing = Packing.from_mask(mask)
+        if not mask.is_inference():
+            remember(mask, packing)
     return packing
+
+
+def remember(mask: Tensor, packing: Packing) -> Tensor:
+    """The mask, with its packing kept on it."""
+    mask.fastformer_packing = (None if mask.is_inference() else mask._version, packing)  # type: ignore[attr-defined]
+    return mask
 
 
 def packing_from_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Packing:

@@ -1,5 +1,6 @@
 """What plugs into Hugging Face transformers."""
 
 from fastformer.integrations.attention import register
+from fastformer.integrations.collating import PackedCollator, TokenBudget
 
-__all__ = ["register"]
+__all__ = ["PackedCollator", "TokenBudget", "register"]

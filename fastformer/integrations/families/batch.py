@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.integrations.plan import Plan, packing_from_lengths, packing_from_mask, packing_from_positions
+from fastformer.integrations.plan import (
+    Plan,
+    packing_from_lengths,
+    packing_from_mask,
+    packing_from_positions,
+    remember,
+)
 from fastformer.integrations.swap import original_class
 from fastformer.nn.norm import has_hooks
 from fastformer.ops.packing import Packing
@@ -140,6 +146,28 @@ def pack_inputs(
     if packed.get("position_ids") is None:
         packed["position_ids"] = packing.positions() + first_position
     return packed
+
+
+def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """The arguments of a packed call as those of a padded one: [batch, seqlen] ids and mask. Waits for nothing.
+
+    The mask remembers the packing, so the base model need not compute it.
+
+    Raises:
+        ValueError: as `plan_of`.
+    """
+    inputs = {name: call[name] for name in PER_TOKEN if call.get(name) is not None}
+    plan, _ = plan_of(call, {"input_ids": None, "inputs_embeds": None, **inputs}, True)
+    packing = plan.packing
+    assert packing is not None
+    out = {name: value for name, value in call.items() if name not in LENGTHS}
+    for name, value in inputs.items():
+        out[name] = packing.pad(value.squeeze(0))
+    mask = packing.pad(torch.ones(packing.rows, dtype=torch.long, device=packing.indices.device))
+    if "input_ids" in inputs and pad_token_id is not None:
+        out["input_ids"] = torch.where(mask != 0, out["input_ids"], pad_token_id)
+    out["attention_mask"] = remember(mask, packing)
+    return out
 
 
 def is_changed(module: torch.nn.Module) -> bool:

@@ -74,7 +74,11 @@ class PackedModel:
         if reason:
             batch.refuse_packed(call, reason)
             count_fallback(label, reason)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            token = attention.WANTS_WEIGHTS.set(batch.wants(self, call, "attentions"))
+            try:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                attention.WANTS_WEIGHTS.reset(token)
         count_fused(label)
         accepted = batch.parameter_names(self)
         inputs = {name: call.get(name) for name in batch.PER_TOKEN if name in accepted}
@@ -108,6 +112,17 @@ class PackedModel:
     def _has_windows(self) -> bool:
         config: Any = self.config  # type: ignore[attr-defined]
         return getattr(config, "sliding_window", None) is not None
+
+
+class UnpackingHead:
+    """Forward of a head that reads ids or mask itself: a batch that came packed reaches it padded."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = batch.named_arguments(self, args, kwargs)
+        if call.get("cu_seq_lens_q") is not None:
+            count_fused(type(self).__name__)
+            call = batch.unpack_call(call, getattr(self.config, "pad_token_id", None))  # type: ignore[attr-defined]
+        return super().forward(**call)  # type: ignore[misc]
 
 
 def _pad_back(out: Any, plan: Plan) -> None:
