@@ -18,6 +18,7 @@ class IdBuffer {
         if (size_ + extra > capacity_) grow(size_ + extra);
         return data_ + size_;
     }
+    uint32_t* end() { return data_ + size_; }
     void add(size_t count) { size_ += count; }
     void push(uint32_t id) {
         *room(1) = id;

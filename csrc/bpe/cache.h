@@ -1,61 +1,131 @@
-// What pretokens of up to 15 bytes became: 32-byte entries, one probe each, the newer replaces the older.
+// What pretokens became: keys of up to 15 bytes with 4 ids in entries of 32 bytes, of up to 31 bytes with 8 ids in
+// entries of 64. Two entries may hold a key; of the two, the one stored earlier goes first.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastformer::bpe {
 
-// Up to 15 bytes, zero-padded, and the length in the last byte.
+inline constexpr uint32_t kCountShift = 28;  // the count of ids less one stands in the top bits of the first
+inline constexpr uint32_t kIdMask = (1u << kCountShift) - 1;
+
+// Up to 8 * words - 1 bytes, zero-padded, and the length in the last byte.
+template <size_t words>
 struct Key {
-    uint64_t low, high;
-    bool operator==(const Key& o) const { return low == o.low && high == o.high; }
-};
+    static constexpr size_t kBytes = 8 * words - 1;
+    uint64_t word[words];
 
-inline constexpr size_t kKeyBytes = 15;
-
-struct Entry {
-    Key key;           // all zero: empty, as no pretoken has length 0
-    uint32_t ids[4];   // the count of ids stands in the top bits of the first
-};
-
-class Cache {
-  public:
-    static constexpr int kBits = 20;  // 32 MB, touched only as far as it is used
-    static constexpr uint32_t kCountShift = 29;
-    static constexpr uint32_t kIdMask = (1u << kCountShift) - 1;
-
-    // The key of the n <= 15 bytes at p, of which at least `readable` may be read.
-    static Key key(const uint8_t* p, size_t n, size_t readable) {
-        alignas(16) uint8_t bytes[16] = {};
-        if (readable >= 16) {
-            std::memcpy(bytes, p, 16);
-            Key k;
-            std::memcpy(&k, bytes, 16);
-            uint64_t low_bits = n >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * n)) - 1;
-            uint64_t high_bits = n <= 8 ? 0 : (uint64_t{1} << (8 * (n - 8))) - 1;
-            return {k.low & low_bits, (k.high & high_bits) | static_cast<uint64_t>(n) << 56};
-        }
-        std::memcpy(bytes, p, n);
-        bytes[15] = static_cast<uint8_t>(n);
+    bool operator==(const Key& o) const {
+        uint64_t difference = 0;
+        for (size_t i = 0; i < words; i++) difference |= word[i] ^ o.word[i];
+        return difference == 0;
+    }
+    bool empty() const { return word[words - 1] == 0; }  // no pretoken has length 0
+    // The key of the n bytes at p, of which at least `readable` may be read.
+    static Key of(const uint8_t* p, size_t n, size_t readable) {
         Key k;
-        std::memcpy(&k, bytes, 16);
+        if (readable < 8 * words) {
+            std::memset(&k, 0, sizeof k);
+            std::memcpy(&k, p, n);
+        } else {
+            std::memcpy(&k, p, sizeof k);
+            for (size_t i = 0; i < words; i++) {
+                size_t have = n > 8 * i ? std::min<size_t>(n - 8 * i, 8) : 0;
+                // A shift by 64 is undefined, hence the two halves.
+                k.word[i] &= ~(~uint64_t{0} << (4 * have) << (4 * have));
+            }
+        }
+        k.word[words - 1] |= static_cast<uint64_t>(n) << 56;
         return k;
     }
-    Entry& entry(const Key& k) {
-        if (!entries_) entries_.reset(static_cast<Entry*>(std::calloc(size_t{1} << kBits, sizeof(Entry))));
-        if (!entries_) throw std::bad_alloc();
-        uint64_t h = (k.low ^ (k.high * 0x9E3779B97F4A7C15u)) * 0xD6E8FEB86659FD93u;
-        return entries_.get()[(h ^ h << 27) >> (64 - kBits)];
+    uint64_t hash() const {
+        uint64_t h = 0;
+        for (size_t i = 0; i < words; i++) h = (h ^ word[i] ^ h >> 32) * 0xD6E8FEB86659FD93u;
+        return (h ^ h >> 29) * 0x9E3779B97F4A7C15u;
+    }
+};
+
+// Grows with use from `1 << smallest` to `1 << largest` entries, so that small texts touch little memory and any text
+// a bounded amount.
+template <size_t words, size_t max_ids, int smallest, int largest>
+class Cache {
+  public:
+    using Key = bpe::Key<words>;
+    static constexpr size_t kIds = max_ids;
+    struct Entry {
+        Key key;
+        uint32_t ids[max_ids];
+    };
+
+    Cache() { allocate(smallest); }
+    void prefetch(uint64_t hash) const { __builtin_prefetch(entries_.get() + (hash >> shift_ << 1)); }
+
+    // The ids of a key, or null.
+    const uint32_t* find(const Key& key, uint64_t hash) const {
+        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        if (e[0].key == key) return e[0].ids;
+        if (e[1].key == key) return e[1].ids;
+        return nullptr;
+    }
+    // Stores 1 to max_ids ids for a key that is not there.
+    void store(const Key& key, uint64_t hash, const uint32_t* ids, size_t count) {
+        if (used_ * 2 > capacity_ && capacity_ < size_t{1} << largest) grow();
+        Entry* e = entries_.get() + (hash >> shift_ << 1);
+        used_ += e[1].key.empty();
+        e[1] = e[0];
+        e[0].key = key;
+        std::copy_n(ids, count, e[0].ids);
+        std::fill(e[0].ids + count, e[0].ids + max_ids, 0);
+        e[0].ids[0] |= static_cast<uint32_t>(count - 1) << kCountShift;
     }
 
   private:
     struct Free {
         void operator()(Entry* p) const { std::free(p); }
     };
+
+    void allocate(int bits) {
+        size_t bytes = sizeof(Entry) << bits;
+        constexpr size_t kHugePage = size_t{2} << 20;
+        void* memory = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 64, bytes);
+        if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+        if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+        std::memset(memory, 0, bytes);
+        entries_.reset(static_cast<Entry*>(memory));
+        capacity_ = size_t{1} << bits;
+        shift_ = 64 - (bits - 1);
+        used_ = 0;
+        bits_ = bits;
+    }
+    void grow() {
+        std::unique_ptr<Entry, Free> old = std::move(entries_);
+        size_t count = capacity_;
+        allocate(std::min(bits_ + 2, largest));
+        for (size_t i = 0; i < count; i++) {
+            const Entry& from = old.get()[i];
+            if (from.key.empty()) continue;
+            Entry* e = entries_.get() + (from.key.hash() >> shift_ << 1);
+            used_ += e[1].key.empty();
+            e[1] = e[0];
+            e[0] = from;
+        }
+    }
+
     std::unique_ptr<Entry, Free> entries_;
+    size_t used_ = 0, capacity_ = 0;
+    int shift_ = 63, bits_ = 0;
 };
+
+using ShortCache = Cache<2, 4, 12, 20>;  // 128 KB to 32 MB
+using LongCache = Cache<4, 8, 8, 18>;    // 16 KB to 16 MB
 
 }  // namespace fastformer::bpe

@@ -1,4 +1,4 @@
-// Text to ids. One Encoder serves one thread at a time; it owns the cache of pretokens.
+// Text to ids. One Encoder serves one thread at a time; it owns the caches.
 #pragma once
 #include "bpe/buffer.h"
 #include "bpe/cache.h"
@@ -9,7 +9,7 @@ namespace fastformer::bpe {
 
 class Encoder {
   public:
-    explicit Encoder(const Vocab& vocab, Isa isa) : vocab_(vocab), isa_(isa) {}
+    Encoder(const Vocab& vocab, Isa isa);
 
     // Appends the ids of text[0, n), which is valid UTF-8 of less than 4 GB.
     void encode(Pattern pattern, const uint8_t* text, size_t n, IdBuffer& out) {
@@ -17,16 +17,23 @@ class Encoder {
     }
     // Appends the ids of the pretokens of text[0, n) that begin before `stop`, which is a pretoken boundary.
     void encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size_t stop, IdBuffer& out);
-    // Appends the ids of the pretokens of text that end at `ends[0, count)`.
+    // Appends the ids of the pretokens of text that end at `ends[0, count)`, the first of which begins at `start`.
     void encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start, IdBuffer& out);
     // Appends the ids of one pretoken of any bytes; returns how many.
     size_t encode_piece(const uint8_t* p, size_t n, IdBuffer& out);
 
   private:
+    uint32_t* look_up(const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room, IdBuffer& out);
+    size_t longest_match(const uint8_t* p, size_t n, uint32_t* to);
+    bool valid_pair(uint32_t left, uint32_t right);
+
     const Vocab& vocab_;
     Isa isa_;
-    Cache cache_;
+    ShortCache short_;
+    LongCache long_;
     std::vector<uint32_t> ends_, parts_;
+    std::vector<uint64_t> open_;   // bit i: an encoding of the rest from i on may still exist
+    std::vector<uint64_t> valid_;  // left << 22 | right << 1 | whether the two may stand side by side
 };
 
 }  // namespace fastformer::bpe

@@ -23,6 +23,7 @@ enum class Isa : int { kScalar = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3 };
 
 // The best instruction set that this build and this machine have.
 Isa best_isa();
+bool has_isa(Isa isa);
 
 struct Scanner {
     // Appends the ends of the pretokens from `pos` on, as offsets from `text`, at most `capacity` of them; returns how
@@ -30,8 +31,5 @@ struct Scanner {
     using Function = size_t (*)(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity);
     static Function get(Pattern pattern, Isa isa);
 };
-
-// One pretoken of the scalar oracle: its end, for a start at `pos < n`.
-size_t next_boundary(Pattern pattern, const uint8_t* text, size_t n, size_t pos);
 
 }  // namespace fastformer::bpe

@@ -43,7 +43,7 @@ void WordCounts::add(const uint8_t* p, size_t n, int64_t count) {
 
 void WordCounts::add_text(Pattern pattern, Isa isa, const uint8_t* text, size_t n) {
     if (n >= kNone) throw std::invalid_argument("text: at most 4 GB in one piece");
-    ends_.resize(4096);
+    ends_.resize(16384);
     Scanner::Function scan = Scanner::get(pattern, isa);
     for (size_t pos = 0; pos < n;) {
         size_t start = pos, count = scan(text, n, pos, ends_.data(), ends_.size());

@@ -81,8 +81,12 @@ const Tables& tables() {
 const Tables& deepseek_tables() {
     static const Tables instance = [] {
         Tables t = tables();
-        for (uint32_t point = 0x3040; point <= 0x30FF; point++) t.low[point] = kNumber | kUpper;
-        for (uint32_t point = 0x4E00; point <= 0x9FA5; point++) t.low[point] = kNumber | kUpper;
+        for (uint8_t& flags : t.low) flags &= static_cast<uint8_t>(~(kUpper | kLower));
+        for (auto& row : t.high)
+            for (uint8_t& flags : row) flags &= static_cast<uint8_t>(~(kUpper | kLower));
+        auto mark = [&](uint32_t point) { t.low[point] |= kUpper; };
+        for (uint32_t point = 0x3040; point <= 0x30FF; point++) mark(point);
+        for (uint32_t point = 0x4E00; point <= 0x9FA5; point++) mark(point);
         return t;
     }();
     return instance;

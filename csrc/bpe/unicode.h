@@ -25,7 +25,7 @@ struct Tables {
 
 const Tables& tables();
 
-// The same, but for DeepSeek's pre-tokenizer: U+4E00–9FA5 and U+3040–30FF carry kNumber | kUpper and nothing else.
+// The same, but for DeepSeek's pre-tokenizer: kUpper marks U+4E00–9FA5 and U+3040–30FF, kLower nothing.
 const Tables& deepseek_tables();
 
 inline uint8_t flags_of(const Tables& t, uint32_t point) {

@@ -6,13 +6,15 @@
 #include <string>
 
 #include "bpe/merge.h"
+#include "bpe/trie.h"
 
 namespace fastformer::bpe {
 
 void PairTable::reserve(size_t count) {
     int bits = 4;
-    while ((size_t{1} << bits) < count + count / 2) bits++;
+    while ((size_t{1} << bits) < count + count / 4) bits++;
     slots_.assign(size_t{1} << bits, kEmpty);
+    filter_.assign((size_t{1} << bits) / 8, 0);
     mask_ = slots_.size() - 1;
     shift_ = 64 - bits;
 }
@@ -22,6 +24,8 @@ void PairTable::insert(uint32_t left, uint32_t right, uint32_t merged) {
     size_t i = slot(key);
     while (slots_[i] != kEmpty && slots_[i] >> 21 != key) i = (i + 1) & mask_;
     slots_[i] = key << 21 | merged;
+    uint64_t bit = (key * kHash) >> (shift_ - 3);
+    filter_[bit >> 6] |= uint64_t{1} << (bit & 63);
 }
 
 uint32_t Vocab::find(const uint8_t* p, size_t n) const {
@@ -191,6 +195,17 @@ void Vocab::build(const std::vector<Span>& tokens, const std::vector<uint32_t>& 
     blob_.reserve(total);
     number_tokens(tokens, final_order);
     index_bytes();
+    lengths_.resize(n);
+    std::vector<uint32_t> made;
+    made.reserve(n);
+    for (uint32_t k = 0; k < n; k++) lengths_[k] = static_cast<uint16_t>(std::min<size_t>(bytes_of_token(k).size, 0xFFFF));
+    for (uint32_t k = 0; k < 256; k++) made.push_back(k);
+    for (uint32_t old : by_length)
+        if (reachable(final_number[old])) made.push_back(final_number[old]);
+    all_reachable_ = made.size() == n;
+    auto trie = std::make_shared<Trie>();
+    if (monotone_) trie->build(*this, made);
+    trie_ = std::move(trie);
 }
 
 }  // namespace fastformer::bpe

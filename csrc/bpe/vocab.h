@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace fastformer::bpe {
@@ -21,12 +22,17 @@ struct Span {
     size_t size;
 };
 
+class Trie;
+
 class PairTable {
   public:
     void reserve(size_t count);
     void insert(uint32_t left, uint32_t right, uint32_t merged);
     uint32_t find(uint32_t left, uint32_t right) const {
         uint64_t key = static_cast<uint64_t>(left) << 21 | right;
+        // Most pairs do not merge; a bit map eight times the table's length says so of nine in ten without touching it.
+        uint64_t bit = (key * kHash) >> (shift_ - 3);
+        if (!(filter_[bit >> 6] >> (bit & 63) & 1)) return kNone;
         for (size_t i = slot(key);; i = (i + 1) & mask_) {
             uint64_t entry = slots_[i];
             if (entry >> 21 == key) return static_cast<uint32_t>(entry & (kMaxTokens - 1));
@@ -36,8 +42,9 @@ class PairTable {
 
   private:
     static constexpr uint64_t kEmpty = ~uint64_t{0};
-    size_t slot(uint64_t key) const { return (key * 0x9E3779B97F4A7C15u) >> shift_; }
-    std::vector<uint64_t> slots_;
+    static constexpr uint64_t kHash = 0x9E3779B97F4A7C15u;
+    size_t slot(uint64_t key) const { return (key * kHash) >> shift_; }
+    std::vector<uint64_t> slots_, filter_;
     size_t mask_ = 0;
     int shift_ = 63;
 };
@@ -75,6 +82,13 @@ class Vocab {
     uint32_t left(uint32_t token) const { return left_[token]; }
     uint32_t right(uint32_t token) const { return right_[token]; }
 
+    size_t length(uint32_t token) const {
+        return lengths_[token] != 0xFFFF ? lengths_[token] : by_id_[external_[token]].length;
+    }
+    // Whether every token can be made by merging, so that the trie knows all of them.
+    bool all_reachable() const { return all_reachable_; }
+    const Trie& trie() const { return *trie_; }
+
     // Internal number of the token with these bytes, or kNone.
     uint32_t find(const uint8_t* p, size_t n) const;
     // Internal number of the token that a pretoken of these bytes is as a whole, or kNone.
@@ -94,10 +108,12 @@ class Vocab {
     std::vector<uint8_t> blob_;
     std::vector<Place> by_id_;
     std::vector<uint32_t> external_, left_, right_;
+    std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up
+    std::shared_ptr<const Trie> trie_;
     std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
     PairTable pairs_;
     size_t longest_ = 0;
-    bool whole_piece_ = false, monotone_ = false;
+    bool whole_piece_ = false, monotone_ = false, all_reachable_ = false;
 };
 
 inline uint64_t hash_bytes(const uint8_t* p, size_t n) {

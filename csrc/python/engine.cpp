@@ -205,12 +205,13 @@ PyObject* scan(PyObject*, PyObject* args) {
         Text text(object);
         if (unicode::valid_utf8_prefix(text.data(), text.size()) != text.size())
             throw std::invalid_argument("text must be valid UTF-8");
-        if (isa < 0 || isa > static_cast<long>(bpe::best_isa()))
+        if (isa < 0 || isa > 3 || !bpe::has_isa(static_cast<Isa>(isa)))
             throw std::invalid_argument("isa: this machine has no instruction set number " + std::to_string(isa));
         auto function = bpe::Scanner::get(pattern_from(pattern), static_cast<Isa>(isa));
+        constexpr size_t kEnds = 16384;
         IdBuffer ends;
         for (size_t pos = 0; pos < text.size();)
-            ends.add(function(text.data(), text.size(), pos, ends.room(1024), 1024));
+            ends.add(function(text.data(), text.size(), pos, ends.room(kEnds), kEnds));
         return number_array(ends.data(), ends.size());
     });
 }
@@ -268,6 +269,22 @@ PyObject* decode(PyObject* self, PyObject* args) {
             to += s.size;
         }
         return bytes.release();
+    });
+}
+
+PyObject* lengths(PyObject* self, PyObject* object) {
+    return guarded([&]() -> PyObject* {
+        Buffer ids(object);
+        IdBuffer out;
+        uint32_t* to = out.room(ids.count());
+        for (size_t i = 0; i < ids.count(); i++) {
+            to[i] = static_cast<uint32_t>(engine_of(self).vocab.bytes_of(ids.numbers()[i]).size);
+            if (!to[i]) {
+                Ref id(PyLong_FromUnsignedLong(ids.numbers()[i]));
+                bad_id(id.get());
+            }
+        }
+        return number_array(to, ids.count());
     });
 }
 
@@ -355,6 +372,7 @@ PyMethodDef methods[] = {
     {"count", count, METH_VARARGS, "count(text, pattern) -> number of ids"},
     {"scan", scan, METH_VARARGS, "scan(text, pattern, isa) -> ends of the pretokens, uint32"},
     {"decode", decode, METH_VARARGS, "decode(ids) -> bytes"},
+    {"lengths", lengths, METH_O, "lengths(ids) -> bytes of each id, uint32"},
     {"token_id", token_id, METH_O, "token_id(bytes) -> id or None"},
     {"merges", merges, METH_NOARGS, "merges() -> (left, right, merged) ids in the order of rank, uint32"},
     {nullptr, nullptr, 0, nullptr},

@@ -48,13 +48,24 @@ int execute(PyObject* module) {
     return PyModule_AddStringConstant(module, "unicode_version", unicode::kVersion);
 }
 
+PyObject* has_isa(PyObject*, PyObject* number) {
+    long isa = PyLong_AsLong(number);
+    if (isa == -1 && PyErr_Occurred()) return nullptr;
+    return PyBool_FromLong(isa >= 0 && isa <= 3 && bpe::has_isa(static_cast<bpe::Isa>(isa)));
+}
+
+PyMethodDef functions[] = {
+    {"has_isa", has_isa, METH_O, "has_isa(number) -> whether scanners for 0 scalar, 1 NEON, 2 AVX2, 3 AVX-512 run here"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyModuleDef_Slot slots[] = {
     {Py_mod_exec, reinterpret_cast<void*>(execute)},
     {0, nullptr},
 };
 
 PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_bpe", "Byte-level BPE in C++; use fastformer.tokenizer.", 0, nullptr, slots,
+    PyModuleDef_HEAD_INIT, "_bpe", "Byte-level BPE in C++; use fastformer.tokenizer.", 0, functions, slots,
     nullptr,               nullptr, nullptr,
 };
 

@@ -11,9 +11,11 @@ import numpy as np
 from fastformer.tokenizer import files, huggingface
 from fastformer.tokenizer import padding as _padding
 from fastformer.tokenizer.added import matcher, split
+from fastformer.tokenizer.compat import TiktokenEncoding
 from fastformer.tokenizer.model import Model
 from fastformer.tokenizer.normalize import normalize
 from fastformer.tokenizer.patterns import Pattern
+from fastformer.tokenizer.streaming import StreamDecoder
 
 Special = Literal["all"] | Collection[str]
 
@@ -121,6 +123,33 @@ class BPETokenizer:
             self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special) for text in texts
         ]
 
+    def encode_with_offsets(
+        self, text: str | bytes, *, unit: Literal["character", "byte"] = "character", allowed_special: Special = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, uint32 [tokens], and where each begins and ends in `text`, int64 [tokens, 2].
+
+        A token that begins or ends within a character covers all of it, so neighbours may overlap by one. Offsets in
+        a str with surrogates are those of the text after each pair became one character.
+
+        Raises:
+            ValueError: the tokenizer normalizes text, puts a space before it, or has added tokens that take white
+                space with them, so that ids do not map back to places in `text`.
+        """
+        if unit not in ("character", "byte"):
+            raise ValueError(f'unit must be "character" or "byte", got {unit!r}')
+        model = self._model
+        if model.normalizers or model.prefix_space or any(t.lstrip or t.rstrip for t in model.added.values()):
+            raise ValueError("offsets need a tokenizer that encodes the text as it is")
+        ids = self.encode_array(text, allowed_special=allowed_special)
+        ends = np.cumsum(np.frombuffer(self._engine.lengths(ids), dtype=np.uint32), dtype=np.int64)
+        offsets = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1) if len(ids) else np.zeros((0, 2), np.int64)
+        if unit == "character" and len(ids):
+            if isinstance(text, str):
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+            heads = np.cumsum((np.frombuffer(text, dtype=np.uint8) & 0xC0) != 0x80, dtype=np.int64)
+            offsets = np.stack([np.maximum(heads[offsets[:, 0]] - 1, 0), heads[offsets[:, 1] - 1]], axis=1)
+        return ids, offsets
+
     def count(self, text: str | bytes) -> int:
         """The number of ids of `text`."""
         return len(self.encode_array(text)) if self._number is None else self._engine.count(text, self._number)
@@ -167,7 +196,16 @@ class BPETokenizer:
     def decode_batch(self, batch: Iterable[Iterable[int] | np.ndarray], errors: str = "replace") -> list[str]:
         return [self.decode(ids, errors) for ids in batch]
 
+    def stream(self, errors: str = "replace") -> StreamDecoder:
+        """A decoder that takes ids as they come and never gives out half a character."""
+        return StreamDecoder(self, errors)
+
     # The vocabulary
+
+    @property
+    def vocab(self) -> dict[bytes, int]:
+        """The bytes of every ordinary token and its id."""
+        return dict(self._model.vocab)
 
     @property
     def vocab_size(self) -> int:
@@ -198,6 +236,10 @@ class BPETokenizer:
     def id_to_token(self, token_id: int) -> bytes:
         """The bytes of an id. Raises KeyError for what is no token."""
         return self._engine.decode([token_id])
+
+    def as_tiktoken(self, name: str = "fastformer") -> TiktokenEncoding:
+        """An object with the methods and defaults of tiktoken.Encoding."""
+        return TiktokenEncoding(self, name)
 
     def save(self, path: str | Path) -> None:
         """Write `path`: a `.tiktoken` file, or a tokenizer.json for `.json` and for a folder (anything else).

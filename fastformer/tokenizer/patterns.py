@@ -103,7 +103,7 @@ class Pattern:
                 for match in compiled.finditer(text[start:end]):
                     cut.update((start + match.start(), start + match.end()))
                 start = end
-            ends = sorted(cut)
+            ends = sorted(cut - {0})
         if not text.isascii():
             widths = np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in text])
             ends = [int(widths[end - 1]) if end else 0 for end in ends]

@@ -209,3 +209,55 @@ def test_bad_files(tmp_path: Path, ranks_file: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             BPETokenizer.from_file(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_offsets(tok: BPETokenizer) -> None:
+    for text in ["", *hard_strings(500, seed=22)]:
+        ids, offsets = tok.encode_with_offsets(text, allowed_special="all")
+        assert ids.tolist() == tok.encode(text, allowed_special="all")
+        data = text.encode()
+        _, places = tok.encode_with_offsets(text, unit="byte", allowed_special="all")
+        assert b"".join(data[a:b] for a, b in places) == data
+        for number, (a, b), (c, d) in zip(ids.tolist(), offsets.tolist(), places.tolist(), strict=True):
+            assert tok.id_to_token(number) == data[c:d]
+            assert len(text[:a].encode()) <= c < len(text[: a + 1].encode())
+            assert len(text[: b - 1].encode()) < d <= len(text[:b].encode())
+    with pytest.raises(ValueError, match="unit"):
+        tok.encode_with_offsets("a", unit="word")  # type: ignore[arg-type]
+
+
+def test_stream(tok: BPETokenizer) -> None:
+    text = "Hello 世界 👩‍👩‍👧‍👦 done"
+    ids = [i for c in text.encode() for i in tok.encode(bytes([c]))]
+    stream = tok.stream()
+    parts = [stream.push(i) for i in ids]
+    assert "".join(parts) + stream.finish() == text
+    assert "\ufffd" not in "".join(parts)
+    assert stream.push(ids[:8]) == "Hello "
+    assert stream.finish() == "\ufffd"
+    assert stream.push(ids[0]) == "H"
+    with pytest.raises(KeyError, match="4999"):
+        stream.push(4999)
+
+
+def test_as_tiktoken(tok: BPETokenizer) -> None:
+    ours, reference = tok.as_tiktoken("x"), as_tiktoken(tok, EXPRESSIONS["cl100k"])
+    text = "a <pad> 世界 b"
+    ids = reference.encode(text, allowed_special="all")
+    for name in ("encode_ordinary", "_encode_bytes", "encode_single_token"):
+        argument = {"_encode_bytes": text.encode(), "encode_single_token": b" "}.get(name, text)
+        assert getattr(ours, name)(argument) == getattr(reference, name)(argument)
+    for name in ("decode", "decode_bytes", "decode_tokens_bytes", "decode_with_offsets"):
+        assert getattr(ours, name)(ids) == getattr(reference, name)(ids)
+    for name in ("n_vocab", "max_token_value", "eot_token", "special_tokens_set"):
+        assert getattr(ours, name) == getattr(reference, name)
+    assert ours.encode(text, allowed_special={"<pad>"}) == reference.encode(text, allowed_special={"<pad>"})
+    assert ours.encode_batch(["a", "b"]) == reference.encode_batch(["a", "b"])
+    assert ours.encode_to_numpy("a b").tolist() == reference.encode_to_numpy("a b").tolist()
+    assert ours.decode_batch([ids]) == reference.decode_batch([ids])
+    assert ours.decode_bytes_batch([ids]) == reference.decode_bytes_batch([ids])
+    assert ours.token_byte_values() == reference.token_byte_values()
+    assert ours.is_special_token(5001)
+    assert ours.decode_single_token_bytes(5001) == b"<pad>"
+    with pytest.raises(ValueError, match="<pad>"):
+        ours.encode(text)

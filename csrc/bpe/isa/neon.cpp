@@ -1,0 +1,64 @@
+// NEON: the flags of 16 ASCII bytes are two lookups in a 128-byte table.
+#if defined(__aarch64__) && defined(__GNUC__)
+#include <arm_neon.h>
+
+#include "bpe/isa/isa.h"
+
+namespace fastformer::bpe::mapped {
+
+namespace {
+
+// One bit for each of 64 bytes that are 0 or 255.
+inline uint64_t bits_of(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d) {
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t ab = vpaddq_u8(vandq_u8(a, bit), vandq_u8(b, bit));
+    uint8x16_t cd = vpaddq_u8(vandq_u8(c, bit), vandq_u8(d, bit));
+    ab = vpaddq_u8(ab, cd);
+    return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(ab, ab)), 0);
+}
+
+}  // namespace
+
+void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window) {
+    uint8x16x4_t low = vld1q_u8_x4(tables.low), high = vld1q_u8_x4(tables.low + 64);
+    uint8_t tail[64];
+    for (size_t at = 0; at < n; at += 64) {
+        size_t left = n - at;
+        const uint8_t* from = p + at;
+        if (left < 64) {
+            std::memset(tail, 0, 64);
+            std::memcpy(tail, from, left);
+            from = tail;
+        }
+        uint64_t valid = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+        uint8x16_t above[4];
+        uint8_t fresh[64];
+        for (int k = 0; k < 4; k++) {
+            uint8x16_t bytes = vld1q_u8(from + 16 * k);
+            above[k] = vcgeq_u8(bytes, vdupq_n_u8(0x80));
+            uint8x16_t flags = vqtbl4q_u8(low, bytes);
+            vst1q_u8(fresh + 16 * k, vqtbx4q_u8(flags, high, vsubq_u8(bytes, vdupq_n_u8(64))));
+        }
+        uint64_t multi = bits_of(above[0], above[1], above[2], above[3]);
+        // A character that began in the block before has left flags at the head of this one.
+        uint64_t leading = static_cast<uint64_t>(std::countr_one(multi));
+        for (size_t k = 0; k < leading && (from[k] & 0xC0) == 0x80; k++) fresh[k] = window.flags[at + k];
+        std::memcpy(window.flags + at, fresh, 64);
+        if (multi) classify_high(tables, p, at, multi, window.flags);
+        uint8x16_t flags[4];
+        for (int k = 0; k < 4; k++) flags[k] = vld1q_u8(window.flags + at + 16 * k);
+        auto any_of = [&](uint8_t set) {
+            uint8x16_t mask = vdupq_n_u8(set);
+            return bits_of(vtstq_u8(flags[0], mask), vtstq_u8(flags[1], mask), vtstq_u8(flags[2], mask),
+                           vtstq_u8(flags[3], mask));
+        };
+        for (size_t k = 0; k < count; k++) {
+            uint64_t map = sets[k].any ? any_of(sets[k].any) : ~uint64_t{0};
+            window.maps[k][at / 64] = map & ~any_of(sets[k].none) & valid;
+        }
+    }
+    for (size_t k = 0; k < count; k++) window.maps[k][(n + 63) / 64] = 0;
+}
+
+}  // namespace fastformer::bpe::mapped
+#endif

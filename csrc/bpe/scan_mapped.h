@@ -1,0 +1,132 @@
+// Scanning with the help of SIMD: a window of text is classified first, 64 bytes at a time, into one byte of flags per
+// byte of text and one bit map per set of characters that the pattern runs over. The patterns of scan_scalar.h then
+// find the ends of runs in the maps. What reaches past the window is read as the scalar scanner reads it.
+#pragma once
+#include <bit>
+
+#include "bpe/scan_scalar.h"
+
+namespace fastformer::bpe::mapped {
+
+using namespace unicode;
+
+// A set of characters: those with any flag of `any` (all, if 0) and none of `none`.
+struct Set {
+    uint8_t any, none;
+    constexpr bool operator==(const Set&) const = default;
+};
+
+inline constexpr size_t kWindow = 8192;
+inline constexpr size_t kWords = kWindow / 64;
+inline constexpr size_t kMaxSets = 4;
+
+struct Window {
+    size_t base = 0, end = 0;  // text[base, end) is classified
+    uint8_t flags[kWindow + 64];
+    uint64_t maps[kMaxSets][kWords + 1];  // one zero word behind the last
+};
+
+// Fills the flags of p[0, n), n <= kWindow, which ends at a character boundary, and the maps of `sets`.
+using Classify = void (*)(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
+
+// The flags of every character of p[at, n) that is not ASCII, for `mask` of the 64 bytes at `at`.
+inline void classify_high(const Tables& tables, const uint8_t* p, size_t at, uint64_t mask, uint8_t* flags) {
+    while (mask) {
+        size_t i = at + static_cast<size_t>(std::countr_zero(mask));
+        uint8_t a = p[i];
+        mask &= mask - 1;
+        if ((a & 0xC0) == 0x80) continue;  // its lead byte has seen to it
+        Char c = decode(p + i);
+        uint8_t f = flags_of(tables, c.point);
+        for (uint32_t k = 0; k < c.length; k++) flags[i + k] = f;
+    }
+}
+
+template <Pattern pattern>
+constexpr Set kSets[kMaxSets] = {{kLetter, 0}, {0, kSpace | kLetter | kNumber}, {kSpace, 0}, {kNumber, 0}};
+template <>
+inline constexpr Set kSets<Pattern::kO200k>[kMaxSets] = {
+    {kLetter | kMark, kLower}, {kLetter | kMark, kUpper}, {0, kSpace | kLetter | kNumber}, {kSpace, 0}};
+template <>
+inline constexpr Set kSets<Pattern::kDeepseek>[kMaxSets] = {
+    {kLetter | kMark, kUpper}, {kPunctSymbol, kUpper}, {kSpace, 0}, {kNumber, 0}};
+
+template <Pattern pattern>
+struct Reader : scalar::Text {
+    const Window& w;
+
+    uint8_t at(size_t i, size_t& length) const {
+        if (i >= w.end) return scalar::Text::at(i, length);
+        uint8_t a = p[i];
+        length = a < 0x80 ? 1 : a < 0xE0 ? 2 : a < 0xF0 ? 3 : 4;
+        return w.flags[i - w.base];
+    }
+    template <uint8_t any, uint8_t none = 0>
+    size_t run(size_t i) const {
+        constexpr size_t set = [] {
+            size_t k = 0;
+            while (!(kSets<pattern>[k] == Set{any, none})) k++;
+            return k;
+        }();
+        if (i < w.end) {
+            const uint64_t* map = w.maps[set];
+            size_t r = i - w.base, word = r >> 6;
+            uint64_t zeros = ~map[word] >> (r & 63);
+            if (zeros) {
+                r += static_cast<size_t>(std::countr_zero(zeros));
+            } else {
+                while (map[++word] == ~uint64_t{0}) {}
+                r = word << 6 | static_cast<size_t>(std::countr_zero(~map[word]));
+            }
+            i = w.base + r;
+            if (i < w.end) return i;
+        }
+        return scalar::Text::run<any, none>(i);
+    }
+    // At most `limit` characters: short, so one after the other.
+    template <uint8_t any>
+    size_t run(size_t i, size_t limit) const {
+        size_t length;
+        while (i < n && limit-- && (at(i, length) & any)) i += length;
+        return i;
+    }
+};
+
+template <Pattern pattern, Classify classify>
+size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
+    thread_local Window window;
+    const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
+    size_t count = 0, i = pos;
+    // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
+    while (i < n && (capacity - count >= kWindow || count == 0)) {
+        size_t end = n - i > kWindow ? i + kWindow : n;
+        if (end - i > capacity - count) end = i + (capacity - count);
+        while (end < n && end > i && (text[end] & 0xC0) == 0x80) end--;
+        window.base = i;
+        window.end = end;
+        classify(tables, text + i, end - i, kSets<pattern>, kMaxSets, window);
+        Reader<pattern> x{{text, n, tables}, window};
+        do {
+            i = scalar::next<pattern>(x, i);
+            ends[count++] = static_cast<uint32_t>(i);
+        } while (i < end && count < capacity);
+        if (count == capacity) break;
+    }
+    pos = i;
+    return count;
+}
+
+template <Classify classify>
+Scanner::Function get(Pattern pattern) {
+    switch (pattern) {
+        case Pattern::kGpt2: return scan<Pattern::kGpt2, classify>;
+        case Pattern::kCl100k: return scan<Pattern::kCl100k, classify>;
+        case Pattern::kO200k: return scan<Pattern::kO200k, classify>;
+        case Pattern::kLlama3: return scan<Pattern::kLlama3, classify>;
+        case Pattern::kQwen2: return scan<Pattern::kQwen2, classify>;
+        case Pattern::kDeepseek: return scan<Pattern::kDeepseek, classify>;
+        default: return nullptr;
+    }
+}
+
+}  // namespace fastformer::bpe::mapped

@@ -1,0 +1,74 @@
+"""Pooling of packed sequences."""
+
+import pytest
+import torch
+from checking import compare, fenced
+
+from fastformer.ops import pooling
+from fastformer.ops.pooling import pool_packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 5, 100])
+@pytest.mark.parametrize("masked", [False, True])
+def test_mean(dtype, width, masked, device, monkeypatch, poisoned):
+    """Sequences of 1, 0, 33 and 70 tokens, then four that belong to none."""
+    generator = torch.Generator().manual_seed(width)
+    cu = torch.tensor([0, 1, 1, 34, 104], dtype=torch.int32, device=device)
+    mask = (torch.rand(108, generator=generator) < 0.6).to(device) if masked else None
+    tensors = {"input": fenced((108, width), dtype, generator, device, 3)}
+    compare(lambda input: pool_packed(input, cu, mask=mask), tensors, monkeypatch)
+
+
+def test_mean_by_hand(device):
+    x = torch.arange(12.0, device=device).view(6, 2).requires_grad_()
+    mask = torch.tensor([True, False, True, True, False, True], device=device)
+    y = pool_packed(x, torch.tensor([0, 3, 5], device=device), mask=mask)
+    assert y.tolist() == [[2.0, 3.0], [6.0, 7.0]]
+    y.sum().backward()
+    assert x.grad[:, 0].tolist() == [0.5, 0.0, 0.5, 1.0, 0.0, 0.0]
+
+
+def test_masked_tokens_may_hold_anything(device, interpreting):
+    if device.type == "cpu" and not interpreting:
+        pytest.skip("the tokens of no sequence are summed there, into a row that is dropped")
+    x = torch.ones(4, 3, device=device)
+    x[1], x[3] = float("nan"), float("inf")
+    mask = torch.tensor([True, False, True, True], device=device)
+    assert (pool_packed(x, torch.tensor([0, 3], device=device), mask=mask) == 1).all()
+
+
+def test_first_token(device):
+    x = torch.randn(6, 2, device=device, requires_grad=True)
+    y = pool_packed(x, torch.tensor([0, 4, 6], dtype=torch.int32, device=device), "cls")
+    assert torch.equal(y, x[[0, 4]])
+    y.sum().backward()
+    assert x.grad[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_no_sequences(device):
+    assert pool_packed(torch.randn(3, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)).shape == (
+        0,
+        2,
+    )
+
+
+def test_bad_arguments(device):
+    x, cu = torch.randn(6, 2, device=device), torch.tensor([0, 6], device=device)
+    with pytest.raises(ValueError, match='mode must be "mean" or "cls", got \'max\''):
+        pool_packed(x, cu, "max")
+    with pytest.raises(ValueError, match="mask must be None"):
+        pool_packed(x, cu, "cls", torch.ones(6, dtype=torch.bool, device=device))
+    with pytest.raises(TypeError, match="mask must be one of bool"):
+        pool_packed(x, cu, mask=torch.ones(6, device=device))
+    with pytest.raises(ValueError, match="input must have 2 dimensions"):
+        pool_packed(x[None], cu)
+    with pytest.raises(ValueError, match="cu_seqlens must have at least one element"):
+        pool_packed(x, cu[:0])
+
+
+def test_full_route(device, interpreting):
+    if not interpreting and device.type == "cpu":
+        pytest.skip("the CPU backend registers no operator")
+    x, cu = torch.randn(6, 2, device=device, requires_grad=True), torch.tensor([0, 4, 6], device=device)
+    torch.library.opcheck(pooling._mean_op.op, (x, cu, torch.ones(6, dtype=torch.bool, device=device)))
