@@ -85,9 +85,10 @@ class PackedCollator:
         }
         if "token_type_ids" in fields:
             batch["token_type_ids"] = torch.cat([row["token_type_ids"] for row in rows])[None]
-        if "labels" in fields:
-            batch["labels"] = _labels([row["labels"] for row in rows], lengths)
-        return batch
+        if "labels" not in fields:
+            return batch
+        # First, because Trainer takes the batch size from the first tensor it meets.
+        return {"labels": _labels([row["labels"] for row in rows], lengths), **batch}
 
 
 def _row(example: Mapping[str, Any]) -> dict[str, Tensor]:
