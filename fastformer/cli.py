@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,12 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, sys.argv's by default. Returns the exit code."""
     try:
         args = _parser().parse_args(argv)
-        return args.func(args)
+        code = _tokenizer(args) if "tokenizer_command" in args else args.run(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"fastformer: {error}.", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has had enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is silent too
+        return 1
     except KeyboardInterrupt:
-        print("fastformer: interrupted; no unfinished file was left behind.", file=sys.stderr)
+        print("fastformer: interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -47,7 +53,7 @@ def _parser() -> Parser:
     _add_demo(commands)
     info = commands.add_parser("info", help="which backend runs on each device of this machine, and why")
     info.add_argument("--json", action="store_true", help="as JSON")
-    info.set_defaults(func=_info)
+    info.set_defaults(run=_info)
     _add_tokenizer(commands)
     return parser
 
@@ -61,9 +67,25 @@ def _add_tokenizer(commands: Any) -> None:
         def refuse(args: argparse.Namespace) -> NoReturn:
             raise UserError(f"the tokenizer cannot be imported: {reason}")
 
-        commands.add_parser("tokenizer", help=f"(not available: {reason})").set_defaults(func=refuse)
+        # It takes whatever follows, so that the reason is what the user reads.
+        parser = commands.add_parser("tokenizer", help=f"(not available: {reason})", prefix_chars="\0", add_help=False)
+        parser.add_argument("rest", nargs="*")
+        parser.set_defaults(run=refuse)
     else:
         add_parser(commands)
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    """Run a tokenizer command; what it raises for its files and numbers is the user's to fix."""
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+    except (ValueError, KeyError) as error:
+        message = str(error.args[0] if isinstance(error, KeyError) else error)  # str of a KeyError is in quotes
+        raise UserError(message.rstrip(".")) from None
 
 
 def _add_demo(commands: Any) -> None:
@@ -103,7 +125,7 @@ def _add_demo(commands: Any) -> None:
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(default: demo-output/)"
     )
     result.add_argument("--no-plot", action="store_true", help="do not draw the picture")
-    demo.set_defaults(func=_demo)
+    demo.set_defaults(run=_demo)
 
 
 def _demo(args: argparse.Namespace) -> int:

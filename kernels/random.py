@@ -19,12 +19,12 @@ def keep(seed, column, row, plane, threshold):
         column, row, plane: integer tensors or scalars that broadcast together, each below 2**32: the element's place.
         threshold: uint32-valued scalar, round(p * 2**32).
     """
-    c0 = tl.to_tensor(column).to(tl.uint32)
-    c1 = tl.to_tensor(row).to(tl.uint32)
-    c2 = tl.to_tensor(plane).to(tl.uint32)
+    c0 = tl.cast(column, tl.uint32)
+    c1 = tl.cast(row, tl.uint32)
+    c2 = tl.cast(plane, tl.uint32)
     zero = (c0 ^ c0) + (c1 ^ c1) + (c2 ^ c2)
     draw, _, _, _ = tl.philox(seed, zero + c0, zero + c1, zero + c2, zero)
-    return draw >= tl.to_tensor(threshold).to(tl.uint32)
+    return draw >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
@@ -45,12 +45,12 @@ def keep_columns(seed, first_column, row, plane, threshold, WIDTH: tl.constexpr)
         bool tensor [BLOCK_M, WIDTH].
     """
     quarter: tl.constexpr = WIDTH // 4
-    c0 = (tl.to_tensor(first_column).to(tl.uint32) // 4 + tl.arange(0, quarter).to(tl.uint32))[None, :]
+    c0 = (tl.cast(first_column, tl.uint32) // 4 + tl.arange(0, quarter).to(tl.uint32))[None, :]
     c1 = row.to(tl.uint32)[:, None]
-    c2 = tl.to_tensor(plane).to(tl.uint32)
+    c2 = tl.cast(plane, tl.uint32)
     zero = (c0 ^ c0) + (c1 ^ c1) + (c2 ^ c2)  # [BLOCK_M, quarter]
     d0, d1, d2, d3 = tl.philox(seed, zero + c0, zero + c1, zero + c2, zero)
-    limit = tl.to_tensor(threshold).to(tl.uint32)
+    limit = tl.cast(threshold, tl.uint32)
     even = tl.interleave((d0 >= limit).to(tl.int8), (d2 >= limit).to(tl.int8))
     odd = tl.interleave((d1 >= limit).to(tl.int8), (d3 >= limit).to(tl.int8))
     return tl.interleave(even, odd) != 0  # [BLOCK_M, WIDTH]

@@ -180,3 +180,51 @@ def test_info():
     found = json.loads(fastformer("info", "--json").stdout)
     assert found["versions"]["fastformer"] == __version__
     assert found["devices"][0][0] == "cpu"
+
+
+def test_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("low lower lowest\n" * 9)
+    assert main(["tokenizer", "train", "text.txt", "--vocab-size", "260", "-o", "tokenizer.json"]) == 0
+    assert main(["tokenizer", "encode", "tokenizer.json", "text.txt", "-o", "ids.txt"]) == 0
+    assert main(["tokenizer", "decode", "tokenizer.json", "ids.txt", "-o", "back.txt"]) == 0
+    assert Path("back.txt").read_text() == Path("text.txt").read_text()
+    capsys.readouterr()
+    Path("bad.txt").write_text("1 99999")
+    Path("words.txt").write_text("one two")
+    for arguments, words in (
+        (["train", "missing.txt", "-o", "x.json"], "missing.txt"),
+        (["train", "text.txt", "--vocab-size", "3", "-o", "x.json"], "vocab_size"),
+        (["encode", "missing.json", "text.txt"], "missing.json"),
+        (["encode", "tokenizer.json", "missing.txt"], "missing.txt: No such file or directory"),
+        (["decode", "tokenizer.json", "bad.txt"], "99999"),
+        (["decode", "tokenizer.json", "words.txt"], "words.txt"),
+    ):
+        assert main(["tokenizer", *arguments]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("fastformer: ")
+        assert printed.count("\n") == 1
+        assert words in printed
+    assert not Path("x.json").exists()
+
+
+def test_without_the_engine_the_tokenizer_says_so_and_info_runs():
+    hide = "sys.modules['fastformer.tokenizer._bpe'] = None"
+    assert "_bpe" in refused(fastformer("tokenizer", "encode", "x.json", "--binary", code=hide))
+    assert "not built" in fastformer("info", code=hide).stdout
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    (tmp_path / "text.txt").write_text("low lower lowest")
+    assert main(["tokenizer", "train", str(tmp_path / "text.txt"), "--vocab-size", "256", "-o", str(tmp_path)]) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "fastformer.cli", "tokenizer", "count", str(tmp_path), str(tmp_path / "text.txt")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,8 +76,9 @@ def fine_tune_and_compare(corpus: Corpus, args: argparse.Namespace, output: Path
     with _bar("fine-tuning", len(runs) * len(plan), "step") as bar:
 
         def progress(steps: int) -> None:
+            losses = " / ".join(f"{run.losses[-1]:.2f}" for run in runs if run.losses)
+            bar.set_postfix_str(f"loss {losses}", refresh=False)
             bar.update(steps)
-            bar.set_postfix_str("loss " + " / ".join(f"{run.losses[-1]:.2f}" for run in runs if run.losses))
 
         fine_tune(runs, passages, plan, progress=progress)
     exact = plan[:EXACT_STEPS]
@@ -124,7 +126,7 @@ def fine_tune_and_compare(corpus: Corpus, args: argparse.Namespace, output: Path
         "exact_steps": len(exact),
         "patch_report": str(report).splitlines(),
     }
-    written = _write(output, rows, settings, curves, tokenizer, None if args.no_plot else _describe_machine(device))
+    written = _write(output, rows, settings, curves, tokenizer, picture=not args.no_plot)
     print(f"{time.perf_counter() - started:.0f} s in all. Written: {', '.join(map(str, written))}")
 
 
@@ -140,6 +142,7 @@ def _model_and_tokenizer(train: Corpus, args: argparse.Namespace) -> tuple[nn.Mo
         start = time.perf_counter()
         with _bar("tokenizer", models.VOCAB_SIZE, "id") as bar:
             learned = models.new_tokenizer(train.texts, lambda size: bar.update(size - bar.n))
+            bar.update(learned.vocab_size - bar.n)
         what = f"byte-level BPE, {learned.vocab_size:,} ids, learned in {time.perf_counter() - start:.1f} s"
         encoder = own_encoder(learned, args.max_length, what)
     model = models.new_model(encoder.vocab_size, encoder.pad_id, train.names, args.max_length, args.seed)
@@ -199,21 +202,20 @@ def _notes(rows: list[Row], base: nn.Module, exact_steps: int, test: Corpus, tai
         wall = patched.tokens_per_second / other.tokens_per_second
         return f"{wall:.2f}x ({patched.cpu_tokens_per_second / other.cpu_tokens_per_second:.2f}x by CPU time)"
 
-    return "\n".join(
-        [
-            f"Patched against stock padded to max_length: {ratio(stock)}; against dynamic padding: {ratio(dynamic)}.",
-            "- real tokens/s: padding not counted. The runs took turns, a few steps each, in one process; seconds are "
-            "of training steps only.",
-            "- peak memory: forward and backward of the run's largest batch, above weights and optimizer state.",
-            f"- final loss: mean of the last {tail} training losses. accuracy: {len(test.texts)} held-out passages, "
-            f"standard error {error:.1%}; always answering the most frequent class would get "
-            f"{test.majority_share:.1%}.",
-            f"- largest loss difference: from the first row, over {exact_steps} further training steps from the same "
-            "start in fp32 with dropout off, where the losses must be equal to rounding. With dropout on "
-            f"({_dropout_rates(base)}) each run drops other elements, so its final loss and accuracy differ from the "
-            "others' by chance, as with another seed.",
-        ]
-    )
+    notes = [
+        f"Patched against stock padded to max_length: {ratio(stock)}; against dynamic padding: {ratio(dynamic)}.",
+        "- real tokens/s: padding not counted. The runs took turns, a few steps each, in one process; seconds are "
+        "of training steps only.",
+        "- peak memory: forward and backward of the run's largest batch, above weights and optimizer state.",
+        f"- final loss: mean of the last {tail} training losses. accuracy: {len(test.texts)} held-out passages, "
+        f"standard error {error:.1%}; always answering the most frequent class would get "
+        f"{test.majority_share:.1%}.",
+        f"- largest loss difference: from the first row, over {exact_steps} training steps of their own, from the same "
+        "start, in fp32 with dropout off, where the losses must be equal to rounding. With dropout on "
+        f"({_dropout_rates(base)}) each run drops other elements, so its final loss and accuracy differ from the "
+        "others' by chance, as with another seed.",
+    ]
+    return "\n".join(textwrap.fill(note, 115, subsequent_indent="  ") for note in notes)
 
 
 def _dropout_rates(model: Any) -> str:
@@ -234,18 +236,19 @@ def _write(
     settings: dict[str, Any],
     curves: list[list[float]],
     tokenizer: Any,
-    machine: str | None,
+    picture: bool,
 ) -> list[Path]:
-    """Write the files and return their paths; without `machine` no picture, without a learned tokenizer none."""
+    """Write the files and return their paths; a tokenizer only where one was learned."""
     try:
         written = [output / "results.json"]
         write_json(written[0], rows, settings, curves)
         if tokenizer is not None:
             written.append(output / "tokenizer.json")
             tokenizer.save(written[-1])
-        if machine is not None:
+        if picture:
             written.append(output / "demo.png")
-            title = f"One fine-tuning, three ways: {settings['steps']} steps of {settings['batch_size']} ({machine})"
+            steps = f"{settings['steps']} steps of {settings['batch_size']}"
+            title = f"One fine-tuning, three ways: {steps} ({settings['machine']})"
             draw(written[-1], rows, curves, title)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
@@ -275,7 +278,10 @@ def _shortened(names: list[str]) -> str:
 def _bar(what: str, total: int, unit: str) -> Iterator[tqdm]:
     # Where stderr is a file, a line every few seconds is enough.
     interval = 0.2 if sys.stderr.isatty() else 5.0
-    with tqdm(total=total, desc=what, unit=unit, mininterval=interval, maxinterval=2 * interval, ncols=110) as bar:
+    # Fixed sizes: terminals that do not know theirs would get no bar.
+    with tqdm(
+        total=total, desc=what, unit=unit, mininterval=interval, maxinterval=2 * interval, ncols=110, nrows=24
+    ) as bar:
         yield bar
 
 

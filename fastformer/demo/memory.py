@@ -58,4 +58,4 @@ def describe(device: torch.device) -> str:
     """The machine in a few words, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"CPU with {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"

@@ -67,7 +67,9 @@ class Call:
         self.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         self.block_d = max(16, triton.next_power_of_2(self.head_dim))
         self.block_v = max(16, triton.next_power_of_2(self.value_dim))
-        self.rich = mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0
+        self.rich = (
+            mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
+        )
         self.constants: dict[str, Any] = {
             "GROUP": self.heads // max(1, self.kv_heads),
             "BOTTOM_RIGHT": bottom_right,

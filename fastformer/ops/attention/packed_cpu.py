@@ -87,10 +87,10 @@ def _forward(
     key, value, bad = _cleaned(key, value, is_causal)
     threshold, factor = _dropping(dropout_p)
     sizes = [(b - a) * (d - c) * (last - first) * groups for a, b, c, d, first, last in pieces]
-    masks = torch.empty(sum(sizes) if dropout_p else 0, dtype=torch.bool)
+    masks = (
+        query.new_zeros(0, dtype=torch.bool) if dropout_seed is None else _masks(dropout_seed, sum(sizes), threshold)
+    )
     done = 0
-    if dropout_seed is not None:
-        masks = _masks(dropout_seed, masks.numel(), threshold)
     for (a, b, c, d, first, last), size in zip(pieces, sizes, strict=True):
         q = _heads(query, a, b, first, last, groups)
         k = _heads(key, c, d, first, last, 1)

@@ -131,6 +131,12 @@ def varlen_reference(
     """
     tokens_q, heads = query.shape[:2]
     lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    if not lengths_q.numel() or not max_seqlen_q:
+        # Selected rather than made, so that a gradient of zero flows back.
+        nothing = torch.where(torch.zeros((), dtype=torch.bool, device=query.device), query[..., :1], 0.0)
+        return nothing.expand(-1, -1, value.shape[2]), query.new_full(
+            (tokens_q, heads), -torch.inf, dtype=torch.float32
+        )
     padded_q = _pad(query, cu_seqlens_q, max_seqlen_q)
     padded_k, padded_v = _pad(key, cu_seqlens_k, max_seqlen_k), _pad(value, cu_seqlens_k, max_seqlen_k)
     out, lse = attention_reference(
@@ -140,8 +146,6 @@ def varlen_reference(
     sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
     inside = (sequence < lengths_q.numel()).view(-1, 1)
     sequence = sequence.clamp(max=max(0, lengths_q.numel() - 1))
-    if not lengths_q.numel() or not max_seqlen_q:
-        return query.new_zeros(tokens_q, heads, value.shape[2]), lse.new_full((tokens_q, heads), -torch.inf)
     place = (token - cu_seqlens_q[sequence]).clamp(max=max_seqlen_q - 1)
     flat_out = torch.where(inside.unsqueeze(-1), out[sequence, :, place], 0.0)
     return flat_out, torch.where(inside, lse[sequence, :, place], -torch.inf)
