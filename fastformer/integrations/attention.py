@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer import ops
+from fastformer.integrations.attend import attend, attend_packed
 from fastformer.integrations.masks import mask_forward
 from fastformer.integrations.plan import (
     Plan,
@@ -135,7 +135,7 @@ def attention_forward(
         if out is not None:
             return out, None
     mask = _dense_mask(plan, dense_mask, position_bias, query.dtype)
-    out = ops.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options).transpose(1, 2)
+    out = attend(query, key, value, attn_mask=mask, **options).transpose(1, 2)
     return out, _weights(query, key, mask, options) if wants_weights else None
 
 
@@ -188,7 +188,7 @@ def _plan_of_mask(attention_mask: Tensor | None) -> Plan | None:
 def _packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, options: dict[str, Any]) -> Tensor:
     """[rows, heads, head_dim] each, to [rows, heads, head_dim]."""
     lengths, longest = packing.cu_seqlens, packing.max_seqlen
-    return ops.attention_varlen(query, key, value, lengths, lengths, longest, longest, **options)
+    return attend_packed(query, key, value, lengths, lengths, longest, longest, **options)
 
 
 def _across(query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: dict[str, Any]) -> Tensor:
@@ -202,7 +202,7 @@ def _across(query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: dict
     else:
         lengths = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
         longest = length
-    out = ops.attention_varlen(q, k, v, lengths, plan.keys.cu_seqlens, longest, plan.keys.max_seqlen, **options)
+    out = attend_packed(q, k, v, lengths, plan.keys.cu_seqlens, longest, plan.keys.max_seqlen, **options)
     return out.unflatten(0, (batch, length))
 
 
@@ -223,7 +223,7 @@ def _biased(
     real = torch.zeros(packing.batch * packing.seqlen, dtype=torch.bool, device=query.device)
     real[packing.indices] = True
     mask = bias.to(query.dtype).masked_fill(~real.view(packing.batch, 1, 1, packing.seqlen), -torch.inf)
-    out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    out = attend(q, k, v, attn_mask=mask, **options)
     return packing.pack(out.transpose(1, 2))[None]
 
 
@@ -235,7 +235,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str,
         unit = torch.eye(length, dtype=key.dtype, device=key.device)[:, start : start + _WEIGHT_COLUMNS]
         values = unit.expand(batch, heads, -1, -1)
         kept = {**options, "dropout_p": 0.0}
-        parts.append(ops.scaled_dot_product_attention(query, key, values, attn_mask=mask, **kept))
+        parts.append(attend(query, key, values, attn_mask=mask, **kept))
     return torch.cat(parts, -1)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastformer import ops
+from fastformer.integrations.attend import attend, attend_packed
 from fastformer.integrations.families import batch
 from fastformer.integrations.plan import Plan
 from fastformer.nn.counters import count_fallback, count_fused
@@ -165,13 +166,13 @@ class SelfAttention:
         dropout_p = getattr(self, table.dropout).p if self.training else 0.0  # type: ignore[attr-defined]
         if plan.packing is not None:
             lengths, longest = plan.packing.cu_seqlens, plan.packing.max_seqlen
-            out = ops.attention_varlen(
+            out = attend_packed(
                 q.squeeze(0), k.squeeze(0), v.squeeze(0), lengths, lengths, longest, longest, dropout_p=dropout_p
             )[None]
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             mask = None if plan.mask is None else plan.mask[:, None, None, :]
-            out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
+            out = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
         return out.flatten(2)
 
 
