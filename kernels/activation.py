@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import as_rows, row_count, shape_of_program, sum_partials, target
+from fastformer.kernels.rows import as_rows, cdiv, power_of_two, row_count, shape_of_program, sum_partials, target
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -111,7 +111,7 @@ def _backward(
 
 
 def _tile(n: int) -> tuple[int, int]:
-    block_n = min(max(triton.next_power_of_2(n), 16), 1024)
+    block_n = min(max(power_of_two(n), 16), 1024)
     return 2048 // block_n, block_n
 
 
@@ -143,7 +143,7 @@ def activation_forward(
         u, u_stride = (None, 0) if up is None else as_rows(up)
         r, r_stride = (None, 0) if residual is None else as_rows(residual)
         block_m, block_n = _tile(n)
-        _forward[(triton.cdiv(rows, block_m), triton.cdiv(n, block_n))](
+        _forward[(cdiv(rows, block_m), cdiv(n, block_n))](
             x, u, bias, r, seed, y, rows, x_stride, u_stride, r_stride, threshold, keep_scale,
             n, kind, seed is not None, block_m, block_n, **shape_of_program(target(gate), 2048, 8, 64),
         )  # fmt: skip
@@ -183,11 +183,11 @@ def activation_backward(
     x, x_stride = as_rows(gate)
     u, u_stride = (None, 0) if up is None else as_rows(up)
     block_m, block_n = _tile(n)
-    tiles, blocks = triton.cdiv(rows, block_m), triton.cdiv(n, block_n)
+    tiles, blocks = cdiv(rows, block_m), cdiv(n, block_n)
     partial: Tensor | None = None
     if bias_dtype is not None:
         # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
-        tiles = min(tiles, 2 * aim.multiprocessors, triton.cdiv(4 * aim.multiprocessors, blocks))
+        tiles = min(tiles, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
         partial = torch.empty((1, tiles, n), dtype=torch.float32, device=dy.device)
     _backward[(tiles, blocks)](
         dy, x, u, bias, seed, dgate, dup, partial, rows, dy_stride, x_stride, u_stride, threshold, keep_scale,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastformer.kernels.norm import FORWARD_TILE_COLUMNS as MAXIMUM_WIDTH
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import TL_DTYPES, shape_of_program, target
+from fastformer.kernels.rows import TL_DTYPES, cdiv, power_of_two, shape_of_program, target
 
 __all__ = ["MAXIMUM_WIDTH", "embed_forward"]
 
@@ -99,11 +99,11 @@ def embed_forward(
     z = torch.empty((*ids.shape, n), dtype=word.dtype, device=device) if keep_sum else None
     stats = torch.empty((2, rows), dtype=torch.float32, device=device)
     if rows:
-        block_n = max(triton.next_power_of_2(n), 16)
+        block_n = max(power_of_two(n), 16)
         block_m = max(1, 1024 // block_n)
         each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
         sizes = (0 if table is None else table.shape[0] for table in (word, position, token_type))
-        _embed[(triton.cdiv(rows, block_m),)](
+        _embed[(cdiv(rows, block_m),)](
             ids, place, types, word, position, token_type, weight, bias, seed, z, y, stats,
             rows, ids.shape[-1], *sizes, threshold, keep_scale, eps,
             n, seed is not None, TL_DTYPES[word.dtype], block_m, block_n,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.rows import as_rows, shape_of_program, target
+from fastformer.kernels.rows import as_rows, cdiv, power_of_two, shape_of_program, target
 
 BLOCK_COLUMNS = 4096
 
@@ -140,7 +140,7 @@ def cross_entropy_forward(
     lse = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
     if rows:
         x, stride = as_rows(logits)
-        block = min(max(triton.next_power_of_2(v), 16), BLOCK_COLUMNS)
+        block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
         _loss_forward[(rows,)](
             x, goal, weight, loss, weights, lse, stride, ignore_index, label_smoothing, z_loss, softcap,
             v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 16, 128),
@@ -174,9 +174,9 @@ def cross_entropy_backward(
     dx = logits if in_place else torch.empty((rows, v), dtype=logits.dtype, device=logits.device)
     if rows:
         x, stride = as_rows(logits)
-        block = min(max(triton.next_power_of_2(v), 16), BLOCK_COLUMNS)
+        block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
         weights = weight.float().sum() if weight is not None and label_smoothing > 0 else None
-        _loss_backward[(rows, triton.cdiv(v, block))](
+        _loss_backward[(rows, cdiv(v, block))](
             dloss, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
             ignore_index, label_smoothing, z_loss, softcap,
             v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 8, 64),

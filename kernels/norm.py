@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import TL_DTYPES, as_rows, row_count, shape_of_program, sum_partials, target, walkers
+from fastformer.kernels.rows import (
+    TL_DTYPES,
+    as_rows,
+    cdiv,
+    power_of_two,
+    row_count,
+    shape_of_program,
+    sum_partials,
+    target,
+    walkers,
+)
 
 # Widest row kept in registers: 512 threads hold 32 elements of it each in forward, 16 in backward, where dropout's
 # generator takes the registers of half of them.
@@ -89,17 +99,20 @@ def _forward_tile(
     tl.store(Y + place, centred * rstd[:, None] * scale + shift, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _forward_loop(
     X, R, S, W, B, SEED, Z, Y, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
-    N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, Z_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, Z_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, columns,
 ):  # fmt: skip
-    """One row a program, walked twice in blocks of BLOCK_N columns."""
+    """One row a program, walked twice in blocks of BLOCK_N columns.
+
+    columns is N once more, not known when compiling: a loop of known length is unrolled until registers spill.
+    """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     seed = tl.load(SEED) if DROPOUT else 0
     mean = tl.zeros([1], tl.float32)
     m2 = tl.zeros([1], tl.float32)
-    for first in range(0, N, BLOCK_N):
+    for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
         z = _load_sum(
@@ -124,7 +137,7 @@ def _forward_loop(
     else:
         tl.store(STATS + row, mean)
         tl.store(STATS + rows + row, rstd)
-    for first in range(0, N, BLOCK_N):
+    for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         valid = column < N
         z = _load_sum(
@@ -217,17 +230,17 @@ def _backward_tile(
     _store_partials(PARTIAL, dweight, dbias, program, programs, column, N, DWEIGHT, DBIAS)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _backward_loop(
     DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset,
-    N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, columns,
 ):  # fmt: skip
-    """One row a program, walked twice: its two means, then its gradients."""
+    """One row a program, walked twice: its two means, then its gradients; columns as in `_forward_loop`."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     seed = tl.load(SEED) if DROPOUT else 0
     product = tl.zeros([1, BLOCK_N], tl.float32)
     plain = tl.zeros([1, BLOCK_N], tl.float32)
-    for first in range(0, N, BLOCK_N):
+    for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
         z_hat, dy, _ = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
@@ -236,7 +249,7 @@ def _backward_loop(
         plain += dy * scale
     product_mean = (tl.sum(product, 1) / N)[:, None]
     plain_mean = (tl.sum(plain, 1) / N)[:, None]
-    for first in range(0, N, BLOCK_N):
+    for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
         z_hat, dy, rstd = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
@@ -306,7 +319,7 @@ def norm_forward(
     stats = torch.empty((1 if rms else 2, rows), dtype=torch.float32, device=input.device)
     if rows:
         aim = target(input)
-        block_n = max(triton.next_power_of_2(n), 16)
+        block_n = max(power_of_two(n), 16)
         args = (
             x, r, row_scale, weight, bias, seed, z, y, stats,
             rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
@@ -316,9 +329,9 @@ def norm_forward(
             block_m = max(1, 1024 // block_n)
             each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
             shape = shape_of_program(aim, block_m * block_n, each, registers)
-            _forward_tile[(triton.cdiv(rows, block_m),)](*args, *options, block_m, block_n, **shape)
+            _forward_tile[(cdiv(rows, block_m),)](*args, *options, block_m, block_n, **shape)
         else:
-            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, **shape_of_program(aim, LOOP_COLUMNS, 8, 192))
+            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, n, **shape_of_program(aim, LOOP_COLUMNS, 8, 128))
     return y, z, stats
 
 
@@ -359,10 +372,10 @@ def norm_backward(
     dy, dy_stride = as_rows(dy)
     z, z_stride = as_rows(z)
     dz, dz_stride = (None, 0) if dz is None else as_rows(dz)
-    block_n = max(triton.next_power_of_2(n), 16)
+    block_n = max(power_of_two(n), 16)
     wide = block_n > (BACKWARD_TILE_COLUMNS if seed is None else BACKWARD_DROPOUT_COLUMNS)
     block_m = max(1, 2048 // block_n) if not wide else 16
-    programs = walkers(aim, triton.cdiv(rows, block_m))
+    programs = walkers(aim, cdiv(rows, block_m))
     partial = torch.empty((len(dtypes), programs, n), dtype=torch.float32, device=z.device) if dtypes else None
     gains = (weight_dtype is not None, bias_dtype is not None)
     if not wide:
@@ -375,11 +388,11 @@ def norm_backward(
     else:
         _backward_loop[(rows,)](
             dy, dz, z, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
-            threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS,
-            **shape_of_program(aim, LOOP_COLUMNS, 8, 192),
+            threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS, n,
+            **shape_of_program(aim, LOOP_COLUMNS, 8, 128),
         )  # fmt: skip
         if partial is not None:
-            _backward_columns[(triton.cdiv(n, 128), programs)](
+            _backward_columns[(cdiv(n, 128), programs)](
                 dy,
                 z,
                 stats,

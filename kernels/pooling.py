@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.rows import as_rows, shape_of_program, target
+from fastformer.kernels.rows import as_rows, cdiv, shape_of_program, target
 
 BLOCK_M, BLOCK_N = 32, 64
 
@@ -72,7 +72,7 @@ def mean_forward(input: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tupl
     count = torch.empty(sequences, dtype=torch.float32, device=input.device)
     if y.numel():
         x, stride = as_rows(input)
-        _mean[(sequences, triton.cdiv(n, BLOCK_N))](
+        _mean[(sequences, cdiv(n, BLOCK_N))](
             x, cu_seqlens, _bytes(mask), y, count, stride, n, BLOCK_M, BLOCK_N,
             **shape_of_program(target(input), BLOCK_M * BLOCK_N, 16, 128),
         )  # fmt: skip
@@ -85,7 +85,7 @@ def mean_backward(dy: Tensor, cu_seqlens: Tensor, mask: Tensor | None, count: Te
     dx = torch.zeros((tokens, n), dtype=dy.dtype, device=dy.device)
     if dx.numel() and sequences:
         dy, stride = as_rows(dy)
-        _mean_backward[(sequences, triton.cdiv(n, BLOCK_N))](
+        _mean_backward[(sequences, cdiv(n, BLOCK_N))](
             dy, cu_seqlens, _bytes(mask), count, dx, stride, n, BLOCK_M, BLOCK_N,
             **shape_of_program(target(dy), BLOCK_M * BLOCK_N, 16, 128),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.rows import shape_of_program, target
+from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program, target
 
 
 @triton.jit
@@ -110,11 +110,11 @@ def rotate(
         return outs
     r = 2 * cos.shape[1]
     heads_k = 0 if key is None else key.shape[2]
-    block_h = min(triton.next_power_of_2(max(heads, heads_k)), 16)
-    block_r = triton.next_power_of_2(max(r // 2, 1))
-    block_d = triton.next_power_of_2(max(d - r, 1))
+    block_h = min(power_of_two(max(heads, heads_k)), 16)
+    block_r = power_of_two(max(r // 2, 1))
+    block_d = power_of_two(max(d - r, 1))
     k_strides = key.stride() if key is not None else (0, 0, 0, 0)
-    grid = (batch * s, triton.cdiv(heads, block_h) + triton.cdiv(heads_k, block_h))
+    grid = (batch * s, cdiv(heads, block_h) + cdiv(heads_k, block_h))
     _rotate[grid](
         query, key, cos, sin, position, outs[0], outs[1] if key is not None else None, s, cos.shape[0],
         cos.stride(0), sin.stride(0), *query.stride(), *k_strides, *outs[0].stride()[:3], *outs[-1].stride()[:3],

@@ -4,6 +4,8 @@ A gradient that sums over rows (a weight's, a bias's) goes through a bounded num
 program, which `sum_partials` adds up in a fixed order: the result is the same on every run.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,16 @@ from torch import Tensor
 from fastformer.kernels.targets import Target, target_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n (triton.next_power_of_2 costs a launcher ten times as much)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -37,6 +49,7 @@ def walkers(target: Target, tiles: int) -> int:
     return min(tiles, 2 * target.multiprocessors)
 
 
+@functools.cache
 def shape_of_program(target: Target, elements: int, each: int, registers: int) -> dict[str, int]:
     """Launch options of a program that holds `elements` of every tensor, about `each` of them a thread.
 
@@ -44,7 +57,7 @@ def shape_of_program(target: Target, elements: int, each: int, registers: int) -
         registers: most a thread may use. Left alone, ptxas now and then aims at an occupancy of its own and spills a
             register or two to reach it.
     """
-    wanted = triton.next_power_of_2(max(elements // (each * target.warp_size), 1))
+    wanted = power_of_two(elements // (each * target.warp_size))
     options = {"num_warps": min(wanted, 512 // target.warp_size)}
     if target.backend == "cuda":
         options["maxnreg"] = registers
@@ -80,7 +93,7 @@ def sum_partials(partial: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """
     _, count, n = partial.shape
     sums = [torch.empty(n, dtype=dtype, device=partial.device) for dtype in dtypes]
-    _sum_partials[(triton.cdiv(n, 32), len(sums))](
+    _sum_partials[(cdiv(n, 32), len(sums))](
         partial, sums[0], sums[-1], count, n, 64, 32, **shape_of_program(target(partial), 2048, 16, 128)
     )
     return sums

@@ -86,6 +86,7 @@ def target_of(device: torch.device) -> Target:
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1, read when kernels are decorated)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -125,6 +125,26 @@ def test_one_broken_case_does_not_stop_the_others(machine, tmp_path):
     assert again.faults() == []
 
 
+def test_a_failing_test_file_is_a_fault(tmp_path):
+    from bench.gpu import correctness
+    from bench.gpu.machine import ROOT
+    from bench.gpu.results import WrongResult
+
+    sound, broken = (ROOT / "build" / f"test_{name}_{tmp_path.name}.py" for name in ("sound", "broken"))
+    sound.parent.mkdir(exist_ok=True)
+    try:
+        sound.write_text("def test_one():\n    pass\n")
+        broken.write_text("def test_two():\n    assert 1 == 2\n")
+        row = correctness.tests(sound, tmp_path / "log")
+        assert row["counts"] == {"passed": 1, "failed": 0, "skipped": 0}
+        with pytest.raises(WrongResult, match="test_two"):
+            correctness.tests(broken, tmp_path / "log")
+    finally:
+        sound.unlink()
+        broken.unlink()
+    assert "test_broken" in (tmp_path / "log").read_text()
+
+
 def test_a_backward_lost_in_noise_has_no_time():
     from bench.gpu.timing import Timing, difference
 

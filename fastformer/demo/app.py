@@ -71,7 +71,10 @@ def fine_tune_and_compare(corpus: Corpus, args: argparse.Namespace, output: Path
 
     rate = args.learning_rate or (CHECKPOINT_RATE if args.model else NEW_MODEL_RATE)
     runs, report = _runs(base, encoder.pad_id, args.max_length, len(plan), rate, args.seed, device)
-    print(f"\n{report}\n", flush=True)
+    print(f"\n{report}")
+    if not report:
+        print("Nothing was replaced, so the run called patched is a third stock one.")
+    print(flush=True)
     peaks = [peak_memory(run, passages, plan) for run in runs]
     with _bar("fine-tuning", len(runs) * len(plan), "step") as bar:
 

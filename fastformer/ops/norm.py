@@ -201,9 +201,10 @@ def _check(
     shape, device = input.shape, input.device
     if residual is not None:
         check_tensor("residual", residual, dtypes=_DTYPES, shape=shape, device=device)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            check_tensor(name, value, dtypes=_DTYPES, shape=shape[-1:], device=device)
+    if weight is not None:
+        check_tensor("weight", weight, dtypes=_DTYPES, shape=shape[-1:], device=device)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=_DTYPES, shape=shape[-1:], device=device)
     if row_scale is not None:
         check_tensor("row_scale", row_scale, dtypes=_DTYPES, shape=shape[:-1], device=device)
         if row_scale.requires_grad:

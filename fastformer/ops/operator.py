@@ -10,11 +10,13 @@ At BERT widths a layer's operators take a few µs of GPU time each, so the host 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
@@ -29,6 +31,22 @@ def is_plain(args: Sequence[Any]) -> bool:
     )
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its first tensor's GPU as the current one, on which Triton launches whatever it is given."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        for a in args:
+            if isinstance(a, Tensor):
+                if a.is_cuda and a.get_device() != torch.cuda.current_device():
+                    with torch.cuda.device(a.get_device()):
+                        return function(*args)
+                break
+        return function(*args)
+
+    return run
+
+
 class Kernel:
     """A function of tensors and numbers without a derivative of its own, callable on either route.
 
@@ -41,8 +59,9 @@ class Kernel:
 
     def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = name
-        self.function = function
-        self.op = torch.library.custom_op(f"fastformer::{name}", function, mutates_args=())
+        self.function = _on_its_device(function)
+        schema = torch.library.infer_schema(function, mutates_args=())
+        self.op = torch.library.custom_op(f"fastformer::{name}", self.function, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
 
     def __call__(self, *args: Any) -> Any:
@@ -80,20 +99,31 @@ class Operator(Kernel):
                 )
             return second(ctx, *grads)
 
+        # One forward with ctx: with setup_context apart, PyTorch binds every call's arguments through
+        # inspect.signature, which costs more than the rest of the call.
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.function(*args)
+            setup_context(ctx, args, output)
+            return output
+
         self.op.register_autograd(guarded, setup_context=setup_context)
         self.light: Any = type(
             f"{name}_light",
             (torch.autograd.Function,),
             {
-                "forward": staticmethod(function),
-                "setup_context": staticmethod(setup_context),
+                "forward": staticmethod(forward),
                 "backward": staticmethod(guarded),
             },
         )
+        # Function.apply only adds what functorch needs, and `is_plain` has seen that it is not at work.
+        self.apply_light = super(torch.autograd.Function, self.light).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain(args):
             return self.op(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self.light.apply(*args)
+        # Forward-mode derivatives go there too: PyTorch then says that there are none, instead of dropping the tangent.
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
+            return self.apply_light(*args)
         return self.function(*args)

@@ -30,8 +30,11 @@ def check_tensor(
         raise TypeError(f"{name} must be one of {allowed}, got {str(value.dtype).removeprefix('torch.')}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
-    if shape is not None and (
-        value.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, value.shape, strict=True))
+    # The comparison as a whole first: it decides most calls, at a tenth of the loop's cost.
+    if (
+        shape is not None
+        and value.shape != shape
+        and (value.ndim != len(shape) or any(w is not None and w != g for w, g in zip(shape, value.shape, strict=True)))
     ):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")

@@ -373,6 +373,7 @@ def attention_backward(
     by_row, by_key = backward_config(target, call)
     tokens_q, tokens_k = (query.shape[0], key.shape[0]) if call.packed else (0, 0)
     l_sb, l_sh = (0, tokens_q) if call.packed else (call.heads * call.q_len, call.q_len)
+    dl_strides: tuple[int, ...]
     if grad_lse is None:
         dl_strides = (0, 0, 0)
     else:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.attention.options import MAX_HEAD_DIM, Options
+from fastformer.ops.attention.packed_reference import varlen_reference
+from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.operator import Kernel, Operator
 from fastformer.ops.random import dropout_threshold
 from fastformer.ops.validate import FLOATS
@@ -101,7 +103,8 @@ def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
     from fastformer.kernels.attention.call import Call
 
     dropout_p, *rest = numbers
-    return Call(*tensors, dropout_p, dropout_threshold(dropout_p), *rest)
+    arguments: list[Any] = [*tensors, dropout_p, dropout_threshold(dropout_p), *rest]
+    return Call(*arguments)
 
 
 def _forward(
@@ -209,4 +212,25 @@ def _run_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
     return dq, dk, dv, *[None] * 6, dsinks, *[None] * 8  # in the order of `_forward`'s arguments
 
 
-attention = Operator("attention", _forward, _fake, _setup, _run_backward)
+def _run_second(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The first derivative again, from PyTorch's operations, so that it has a derivative of its own."""
+    say_once("a second derivative")
+    query, key, value, cu_q, cu_k, mask, slopes, sinks, seed, _out, _lse = ctx.saved_tensors
+    max_q, max_k, *numbers = ctx.numbers
+    options = Options(*numbers)
+    if cu_q is None:
+        out, lse = attention_reference(query, key, value, options, mask, slopes, sinks, seed)
+    else:
+        out, lse = varlen_reference(query, key, value, cu_q, cu_k, max_q, max_k, options, slopes, sinks, seed)
+        lse = lse.t()
+    inputs = [query, key, value] + ([sinks] if sinks is not None else [])
+    wanted = [x for x in inputs if x.requires_grad]
+    pairs = [(o, g) for o, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    by_input = [next(found) if x.requires_grad else None for x in inputs]
+    dsinks = by_input[3] if sinks is not None else None
+    return *by_input[:3], *[None] * 6, dsinks, *[None] * 8
+
+
+attention = Operator("attention", _forward, _fake, _setup, _run_backward, _run_second)

@@ -51,25 +51,9 @@ def attention_reference(
     k, bad_k = _finite(k)
     v, bad_v = _finite(v)
 
-    row = torch.arange(q_len, device=query.device).view(-1, 1)
-    column = torch.arange(k_len, device=query.device)
-    kl: Tensor | int = k_len if key_lengths is None else key_lengths.view(-1, 1, 1, 1)
-    ql: Tensor | int = q_len if query_lengths is None else query_lengths.view(-1, 1, 1, 1)
-    place = row + (kl - ql) if options.bottom_right else row
-
-    scores = (q @ k.transpose(-1, -2)) * options.scale
-    if options.softcap:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.to(dtype)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(dtype).view(-1, heads, 1, 1) * (place - column).abs()
-    scores = torch.where(bad_q | (bad_k | bad_v).transpose(-1, -2), torch.nan, scores)
-    hidden = hidden_places(options, place, column, query_lengths, key_lengths)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        hidden = ~attn_mask if hidden is None else hidden | ~attn_mask
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
+    scores = attention_scores(
+        q, k, options, attn_mask, alibi_slopes, query_lengths, key_lengths, poison=(bad_q, bad_k | bad_v)
+    )
 
     peak = scores.detach().amax(-1, keepdim=True) if k_len else scores.new_full((batch, heads, q_len, 1), -torch.inf)
     sink = None if sinks is None else sinks.to(dtype).view(heads, 1, 1)
@@ -89,8 +73,55 @@ def attention_reference(
     return (weights @ v).to(query.dtype), lse
 
 
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    options: Options,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    poison: tuple[Tensor, Tensor] | None = None,
+    rows: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """Scores (B, H, Sq, Sk) by the rules, -inf where hidden.
+
+    Args:
+        query: (B, H, Sq, D); key: (B, H, Sk, D), in the dtype of the computation.
+        poison: (B, H, Sq, 1) and (B, H, Sk, 1) bool: queries and keys whose scores are NaN.
+        rows: (Sq,) positions of the queries in a sequence of `length`, if they are a selection.
+    """
+    dtype = query.dtype
+    q_len, k_len, heads = query.shape[2] if length is None else length, key.shape[2], query.shape[1]
+    row = (torch.arange(q_len, device=query.device) if rows is None else rows).view(-1, 1)
+    column = torch.arange(k_len, device=query.device)
+    kl: Tensor | int = k_len if key_lengths is None else key_lengths.view(-1, 1, 1, 1)
+    ql: Tensor | int = q_len if query_lengths is None else query_lengths.view(-1, 1, 1, 1)
+    place = row + (kl - ql) if options.bottom_right else row
+
+    scores = (query @ key.transpose(-1, -2)) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(dtype)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype).view(-1, heads, 1, 1) * (place - column).abs()
+    if poison is not None:
+        scores = torch.where(poison[0] | poison[1].transpose(-1, -2), torch.nan, scores)
+    hidden = hidden_places(options, place, column, row, query_lengths, key_lengths)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = ~attn_mask if hidden is None else hidden | ~attn_mask
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
 def hidden_places(
-    options: Options, place: Tensor, column: Tensor, query_lengths: Tensor | None, key_lengths: Tensor | None
+    options: Options,
+    place: Tensor,
+    column: Tensor,
+    row: Tensor,
+    query_lengths: Tensor | None,
+    key_lengths: Tensor | None,
 ) -> Tensor | None:
     """True where (query place, key column) is out of reach, whatever the attn_mask says; None if nothing is."""
     parts = []
@@ -103,7 +134,6 @@ def hidden_places(
     if key_lengths is not None:
         parts.append(column >= key_lengths.view(-1, 1, 1, 1))
     if query_lengths is not None:
-        row = torch.arange(place.shape[-2], device=place.device).view(-1, 1)
         parts.append(row >= query_lengths.view(-1, 1, 1, 1))
     hidden = None
     for part in parts:

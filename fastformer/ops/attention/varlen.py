@@ -10,7 +10,7 @@ from torch import Tensor
 from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import Options, check_extras, check_heads, read_options
 from fastformer.ops.attention.packed_cpu import packed_cpu
-from fastformer.ops.attention.reference import attention_reference
+from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
 from fastformer.ops.validate import check_tensor
@@ -109,57 +109,6 @@ def attention_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras
     )
     return (out, lse) if return_lse else out
-
-
-def varlen_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    options: Options,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attention_reference` over packed sequences, by way of padded ones; no host read of the boundaries.
-
-    Returns:
-        output (T, H, Dv) and LSE (T, H).
-    """
-    tokens_q, heads = query.shape[:2]
-    lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    if not lengths_q.numel() or not max_seqlen_q:
-        # Selected rather than made, so that a gradient of zero flows back.
-        nothing = torch.where(torch.zeros((), dtype=torch.bool, device=query.device), query[..., :1], 0.0)
-        return nothing.expand(-1, -1, value.shape[2]), query.new_full(
-            (tokens_q, heads), -torch.inf, dtype=torch.float32
-        )
-    padded_q = _pad(query, cu_seqlens_q, max_seqlen_q)
-    padded_k, padded_v = _pad(key, cu_seqlens_k, max_seqlen_k), _pad(value, cu_seqlens_k, max_seqlen_k)
-    out, lse = attention_reference(
-        padded_q, padded_k, padded_v, options, None, alibi_slopes, sinks, dropout_seed, lengths_q, lengths_k
-    )
-    token = torch.arange(tokens_q, device=query.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
-    inside = (sequence < lengths_q.numel()).view(-1, 1)
-    sequence = sequence.clamp(max=max(0, lengths_q.numel() - 1))
-    place = (token - cu_seqlens_q[sequence]).clamp(max=max_seqlen_q - 1)
-    flat_out = torch.where(inside.unsqueeze(-1), out[sequence, :, place], 0.0)
-    return flat_out, torch.where(inside, lse[sequence, :, place], -torch.inf)
-
-
-def _pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """(T, H, D) -> (B, H, longest, D), zeros behind each sequence."""
-    start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    index = start + torch.arange(longest, device=x.device)
-    inside = index < end
-    index = torch.where(inside, index, 0)
-    if not x.shape[0]:
-        return x.new_zeros(index.shape[0], x.shape[1], longest, x.shape[2])
-    return torch.where(inside[..., None, None], x[index], 0.0).transpose(1, 2)
 
 
 def _is_plain(options: Options) -> bool:
