@@ -119,13 +119,13 @@ class _Pack(torch.autograd.Function):
         return _gather(flat, indices, rows)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output) -> None:
         flat, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.size = flat.shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
         return _Pad.apply(grad, indices, ctx.size), None, None
 
@@ -136,12 +136,12 @@ class _Pad(torch.autograd.Function):
         return _scatter(packed, indices, size)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output) -> None:
         packed, indices, _ = inputs
         ctx.save_for_backward(indices)
         ctx.rows = packed.shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
         return _Pack.apply(grad, indices, ctx.rows), None, None
