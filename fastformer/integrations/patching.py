@@ -7,14 +7,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 from fastformer.integrations import families
-from fastformer.integrations.swap import class_path, is_swapped, restore, swap
+from fastformer.integrations.swap import is_swapped, restore, swap
 
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (4, 57), (5, 23)
 UNPAD_CHOICES = ("auto", True, False)
 
 
@@ -56,9 +58,10 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
 
     Args:
         model: the model, or any part of it.
-        unpad: remove padding for the whole encoder where the family allows it. "auto" and True do it whenever a batch
-            comes with a mask that has padding; False keeps padded tensors (for a model whose outputs at padded
-            positions are used: with padding removed they are zero).
+        unpad: remove padding for the whole model where the family allows it. True does it whenever a batch comes with
+            a mask that has padding; outputs at padded positions are zero then. "auto" does it too, unless a row of an
+            encoder's batch begins with padding: heads that pool the first place would read such a zero. False keeps
+            padded tensors (for a model whose outputs at padded positions are used).
 
     Returns:
         A report; print it. It is falsy if nothing was replaced.
@@ -73,16 +76,19 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
         raise ValueError(f'unpad must be "auto", True or False, got {unpad!r}')
     unpatch(model)
     report = PatchReport(type(model).__name__)
+    unsupported = _read_version(report)
     unpads = False
-    theirs: list[str] = []
+    owners: list[tuple[str, bool]] = []
     for path, module in model.named_modules():
-        if class_path(module).startswith("transformers."):
-            theirs.append(path)
-        in_transformers = any(not root or path == root or path.startswith(f"{root}.") for root in theirs)
-        rule = families.rule_for(module, in_transformers)
+        in_transformers = _is_transformers(module) or any(_below(path, root) for root, owns in owners)
+        if unsupported and in_transformers:
+            continue
+        rule = families.rule_for(module, in_transformers, any(owns and _below(path, root) for root, owns in owners))
+        reason = "" if rule is None else rule.reason_against(module)
+        if _is_transformers(module):
+            owners.append((path, rule is not None and rule.owns_norms and not reason))
         if rule is None:
             continue
-        reason = rule.why_not(module)
         if reason:
             report.skipped.append((path, reason))
             continue
@@ -91,16 +97,41 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
         if rule.removes_padding:
             unpads = True
             # An ordinary attribute: it travels with deepcopy and pickle, and unpatch takes it away.
-            module.fastformer_unpad = unpad is not False
+            module.fastformer_unpad = unpad
     if unpads:
         report.unpad = (
             "removed for the whole encoder (one host read a batch when the mask is on a GPU)"
             if unpad is not False
             else "kept, as asked by unpad=False"
         )
-    if not report.replaced and not report.skipped:
+    elif owners and report.replaced:
+        report.notes.append(f"{report.model} is of no family whose padding can be removed: attention and norms only")
+    if not report.replaced and not report.skipped and not unsupported:
         report.notes.append("no part of it is known; supported: " + ", ".join(families.NAMES))
     return report
+
+
+def _is_transformers(module: torch.nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def _below(path: str, root: str) -> bool:
+    return not root or path == root or path.startswith(f"{root}.")
+
+
+def _read_version(report: PatchReport) -> bool:
+    """Whether the installed transformers is too old; says so, or that it is newer than what was tested."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return False
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST_TRANSFORMERS:
+        report.notes.append(f"transformers {transformers.__version__} is older than 4.57: nothing of it is patched")
+        return True
+    if version > NEWEST_TRANSFORMERS:
+        report.notes.append(f"transformers {transformers.__version__} is newer than 5.23, the newest tested")
+    return False
 
 
 def unpatch(model: torch.nn.Module) -> int:

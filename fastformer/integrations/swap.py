@@ -31,7 +31,7 @@ def _swapped_class(original: type, behaviour: type) -> type:
 
     # By which a neighbour knows whose forward this is.
     forward.fastformer_behaviour = behaviour  # type: ignore[attr-defined]
-    swapped = type(
+    swapped: Any = type(
         original.__name__,
         (behaviour, original),
         {

@@ -29,6 +29,8 @@ class Packing:
         batch, seqlen: shape of the padded batch.
         tokens: number of real tokens, `cu_seqlens[-1]` as a host number.
         rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
+        starts_real: whether the first place of every padded row that has real tokens is one of them.
+        contiguous: whether the real tokens of every padded row stand side by side.
     """
 
     indices: Tensor
@@ -38,6 +40,8 @@ class Packing:
     seqlen: int
     tokens: int
     rows: int
+    starts_real: bool = True
+    contiguous: bool = True
 
     @staticmethod
     def from_mask(mask: Tensor) -> Packing:
@@ -67,13 +71,13 @@ class Packing:
             if mask.ndim != 2:
                 raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
         real = [mask != 0 for mask in masks]
-        counts = [r.sum(dim=1) for r in real]
+        facts = [_facts(r) for r in real]
         # The one wait for the device: lengths decide the shapes of everything that follows.
-        lengths = (counts[0] if len(counts) == 1 else torch.cat(counts)).tolist()
+        read = (facts[0] if len(facts) == 1 else torch.cat(facts)).tolist()
         packings = []
         for r in real:
-            packings.append(_from_real(r, lengths[: r.shape[0]]))
-            del lengths[: r.shape[0]]
+            packings.append(_from_real(r, read[: r.shape[0]]))
+            del read[: r.shape[0]]
         return packings
 
     @staticmethod
@@ -127,9 +131,19 @@ class Packing:
         return flat.unflatten(0, (self.batch, self.seqlen))
 
 
-def _from_real(real: Tensor, lengths: list[int]) -> Packing:
-    """Packing of bool [batch, seqlen], whose rows are known to hold so many tokens."""
+def _facts(real: Tensor) -> Tensor:
+    """int64 [batch, 3] of bool [batch, seqlen]: real tokens, whether the first place is one, how often a run begins
+    after it."""
+    rises = real[:, 1:] & ~real[:, :-1]
+    return torch.stack((real.sum(dim=1), real[:, :1].sum(dim=1), rises.sum(dim=1)), dim=1)
+
+
+def _from_real(real: Tensor, facts: list[list[int]]) -> Packing:
+    """Packing of bool [batch, seqlen], of whose rows `_facts` is known on the host."""
     batch, seqlen = real.shape
+    lengths = [length for length, _, _ in facts]
+    starts_real = all(first or not length for length, first, _ in facts)
+    contiguous = all(first + risen <= 1 for _, first, risen in facts)
     tokens = sum(lengths)
     multiple = GPU_TOKEN_MULTIPLE if real.device.type == "cuda" else 1
     rows = -(-tokens // multiple) * multiple
@@ -142,7 +156,8 @@ def _from_real(real: Tensor, lengths: list[int]) -> Packing:
         # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
         indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
         cu_seqlens = cu_seqlens.to(real.device, non_blocking=True)
-    return Packing(indices, cu_seqlens, max(lengths, default=0), batch, seqlen, tokens, rows)
+    longest = max(lengths, default=0)
+    return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous)
 
 
 def _gather(flat: Tensor, indices: Tensor, rows: int) -> Tensor:

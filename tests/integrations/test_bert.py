@@ -91,7 +91,7 @@ def test_loss_logits_and_gradients_equal_stock(lengths, unpad, side):
 
 def test_left_padding_equals_stock_on_real_tokens():
     stock, patched = build(BertModel).eval(), build(BertModel).eval()
-    ff.patch(patched)
+    ff.patch(patched, unpad=True)
     data = batch([1, 7, 20, 13], 20, "left")
     del data["labels"]
     a, b = stock(**data).last_hidden_state, patched(**data).last_hidden_state
@@ -123,8 +123,8 @@ def test_no_mask_explicit_positions_embeddings_and_tuples():
     assert relative(patched(ids, mask)[1], stock(ids, mask)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
-def test_what_is_not_fused_yet_is_stock_and_counted(asked):
+def test_what_is_not_fused_yet_is_stock_and_counted():
+    asked = "output_attentions"
     stock, patched = build(attn_implementation="eager"), build(attn_implementation="eager")
     ff.patch(patched)
     data = batch([3, 9], 9)

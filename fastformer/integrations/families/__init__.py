@@ -1,23 +1,47 @@
-"""What is known about model families: one small table each, over one shared mechanism."""
+"""What is known about model families: one small table each, over shared mechanisms."""
+
+from __future__ import annotations
 
 import torch
 
-from fastformer.integrations.families import bert, torch_nn
+from fastformer.integrations.families import albert, bert, decoders, distilbert, norms, seq2seq, torch_nn
+from fastformer.integrations.families.interface import uses_interface
 from fastformer.integrations.families.rule import Rule
 from fastformer.integrations.swap import class_path
 
-RULES: dict[str, Rule] = {**torch_nn.RULES, **bert.RULES}
-NAMES = ("torch.nn Transformers, their layers, attention and norms", "Hugging Face BERT")
+RULES: dict[str, Rule] = {
+    **torch_nn.RULES,
+    **bert.RULES,
+    **distilbert.RULES,
+    **albert.RULES,
+    **norms.RULES,
+    **decoders.RULES,
+    **seq2seq.RULES,
+}
+NAMES = (
+    "torch.nn Transformers, their layers, attention and norms",
+    "Hugging Face BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT, ALBERT, ModernBERT",
+    "T5, BART, mBART",
+    "GPT-2, Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, GPT-OSS",
+    "attention and norms of any other Hugging Face model",
+)
 
 
-def rule_for(module: torch.nn.Module, in_transformers: bool) -> Rule | None:
-    """The rule for a module.
+def rule_for(module: torch.nn.Module, in_transformers: bool, norms_owned: bool) -> Rule | None:
+    """The rule for a module: its class's, or one for what it is recognised to be.
 
     Args:
         in_transformers: whether the module belongs to a Hugging Face model.
+        norms_owned: whether a behaviour above it deals with its norms.
     """
     rule = RULES.get(class_path(module))
-    return rule if rule is not None or in_transformers else torch_nn.NORMS.get(class_path(module))
+    if rule is not None:
+        return rule
+    if not in_transformers:
+        return torch_nn.NORMS.get(class_path(module))
+    if uses_interface(module):
+        return decoders.ATTENTION
+    return None if norms_owned else norms.recognise(module)
 
 
 __all__ = ["NAMES", "RULES", "Rule", "rule_for"]

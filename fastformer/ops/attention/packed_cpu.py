@@ -142,10 +142,10 @@ def _backward(
     groups = query.shape[1] // max(1, key.shape[1])
     key, value, bad = _cleaned(key, value, is_causal)
     _, factor = _dropping(dropout_p)
-    none = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
     done = 0
     for a, b, c, d, first, last in _pieces(query, key, cu_seqlens_q, cu_seqlens_k):
         q, g = (_heads(x, a, b, first, last, groups) for x in (query, grad))
+        none = q.new_empty(())
         k, v = (_heads(x, c, d, first, last, 1) for x in (key, value))
         poison = None if bad is None else bad[c:d, first:last].t().unsqueeze(1)
         weights = _scores(q, k, poison, (b - a, d - c), (scale, is_causal, bottom_right))
