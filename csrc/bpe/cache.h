@@ -1,15 +1,13 @@
 // What pretokens became: keys of up to 15 bytes with 4 ids in entries of 32 bytes, of up to 31 bytes with 8 ids in
-// entries of 64. Two entries may hold a key; of the two, the one stored earlier goes first.
+// entries of 64, of up to 63 bytes with 16 ids in entries of 128. Two entries may hold a key; of the two, the one
+// stored earlier goes first.
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "bpe/memory.h"
 
 namespace fastformer::bpe {
 
@@ -88,17 +86,12 @@ class Cache {
 
   private:
     struct Free {
-        void operator()(Entry* p) const { std::free(p); }
+        void operator()(Entry* p) const { free_table(p); }
     };
 
     void allocate(int bits) {
         size_t bytes = sizeof(Entry) << bits;
-        constexpr size_t kHugePage = size_t{2} << 20;
-        void* memory = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 64, bytes);
-        if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-        if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+        void* memory = allocate_table(bytes);
         std::memset(memory, 0, bytes);
         entries_.reset(static_cast<Entry*>(memory));
         capacity_ = size_t{1} << bits;
@@ -125,7 +118,8 @@ class Cache {
     int shift_ = 63, bits_ = 0;
 };
 
-using ShortCache = Cache<2, 4, 12, 20>;  // 128 KB to 32 MB
-using LongCache = Cache<4, 8, 8, 18>;    // 16 KB to 16 MB
+using ShortCache = Cache<2, 4, 12, 19>;   // 128 KB to 16 MB
+using MiddleCache = Cache<4, 8, 8, 18>;   // 16 KB to 16 MB
+using LongCache = Cache<8, 16, 6, 17>;    // 8 KB to 16 MB
 
 }  // namespace fastformer::bpe

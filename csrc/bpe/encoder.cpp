@@ -10,9 +10,13 @@ namespace fastformer::bpe {
 
 namespace {
 
-constexpr int kValidBits = 15;
+constexpr int kValidBits = 16;
 constexpr size_t kBatch = 16384;  // pretokens scanned at once; the scanners' window fits
 constexpr size_t kAhead = 32;     // pretokens whose cache entries are fetched before the first is needed
+
+// Which cache: text beyond Latin has about half an id a byte, so it outgrows an entry's ids before its bytes.
+bool is_short(const uint8_t* p, size_t n) { return n <= 9 || (n <= ShortCache::Key::kBytes && p[n - 1] < 0x80); }
+bool is_middle(const uint8_t* p, size_t n) { return n <= 18 || (n <= MiddleCache::Key::kBytes && p[n - 1] < 0x80); }
 
 }  // namespace
 
@@ -38,7 +42,7 @@ void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends,
         size_t group = std::min(kAhead, count - low), at = start;
         for (size_t i = 0; i < group; i++) {
             size_t end = ends[low + i], length = end - at;
-            if (length <= ShortCache::Key::kBytes) {
+            if (is_short(text + at, length)) {
                 keys[i] = ShortCache::Key::of(text + at, length, n - at);
                 hashes[i] = keys[i].hash();
                 short_.prefetch(hashes[i]);
@@ -51,8 +55,10 @@ void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends,
             size_t end = ends[low + i], length = end - start;
             const uint8_t* p = text + start;
             start = end;
-            if (length > ShortCache::Key::kBytes) {
-                to = look_up(p, length, n - (end - length), to, at - end, out);
+            if (!is_short(p, length)) {
+                size_t readable = n - (end - length);
+                to = is_middle(p, length) ? look_up(middle_, p, length, readable, to, at - end, out)
+                                                        : look_up(long_, p, length, readable, to, at - end, out);
                 continue;
             }
             if (const uint32_t* ids = short_.find(keys[i], hashes[i])) {
@@ -72,15 +78,17 @@ void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends,
 }
 
 // A pretoken too long for the first cache; `room` bytes of text follow it in the group.
-uint32_t* Encoder::look_up(const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room, IdBuffer& out) {
-    LongCache::Key key{};
+template <typename AnyCache>
+uint32_t* Encoder::look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room,
+                           IdBuffer& out) {
+    typename AnyCache::Key key{};
     uint64_t hash = 0;
-    bool fits = n <= LongCache::Key::kBytes;
+    bool fits = n <= AnyCache::Key::kBytes;
     if (fits) {
-        key = LongCache::Key::of(p, n, readable);
+        key = AnyCache::Key::of(p, n, readable);
         hash = key.hash();
-        if (const uint32_t* ids = long_.find(key, hash)) {
-            std::copy_n(ids, LongCache::kIds, to);
+        if (const uint32_t* ids = cache.find(key, hash)) {
+            std::copy_n(ids, AnyCache::kIds, to);
             to[0] &= kIdMask;
             return to + (ids[0] >> kCountShift) + 1;
         }
@@ -88,7 +96,7 @@ uint32_t* Encoder::look_up(const uint8_t* p, size_t n, size_t readable, uint32_t
     out.add(static_cast<size_t>(to - out.end()));
     size_t made = encode_piece(p, n, out);
     to = out.room(room + LongCache::kIds);
-    if (fits && made <= LongCache::kIds) long_.store(key, hash, to - made, made);
+    if (fits && made <= AnyCache::kIds) cache.store(key, hash, to - made, made);
     return to;
 }
 

@@ -23,13 +23,16 @@ class Encoder {
     size_t encode_piece(const uint8_t* p, size_t n, IdBuffer& out);
 
   private:
-    uint32_t* look_up(const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room, IdBuffer& out);
+    template <typename AnyCache>
+    uint32_t* look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room,
+                      IdBuffer& out);
     size_t longest_match(const uint8_t* p, size_t n, uint32_t* to);
     bool valid_pair(uint32_t left, uint32_t right);
 
     const Vocab& vocab_;
     Isa isa_;
     ShortCache short_;
+    MiddleCache middle_;
     LongCache long_;
     std::vector<uint32_t> ends_, parts_;
     std::vector<uint64_t> open_;   // bit i: an encoding of the rest from i on may still exist

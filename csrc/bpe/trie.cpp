@@ -6,9 +6,9 @@ namespace fastformer::bpe {
 
 void Trie::reserve(size_t edges) {
     int bits = 8;
-    while ((size_t{1} << bits) < 2 * edges) bits++;
+    while (3 * (size_t{1} << bits) < 4 * edges + 4) bits++;
     filter_.assign((size_t{1} << bits) / 16, 0);
-    std::vector<Edge> old(size_t{1} << bits, Edge{0, kNone});
+    Table<Edge> old(size_t{1} << bits, Edge{0, kNone});
     old.swap(edges_);
     mask_ = edges_.size() - 1;
     shift_ = 64 - bits;
@@ -18,7 +18,7 @@ void Trie::reserve(size_t edges) {
 }
 
 void Trie::insert(uint32_t parent, uint8_t byte, uint32_t node) {
-    if (2 * (used_ + 1) > edges_.size()) reserve(edges_.size());
+    if (4 * (used_ + 1) > 3 * edges_.size()) reserve(edges_.size());
     uint32_t key = parent << 8 | byte;
     uint64_t h = hash(key), bit = h >> (shift_ - 2);
     filter_[bit >> 6] |= uint64_t{1} << (bit & 63);

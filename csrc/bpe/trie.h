@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "bpe/memory.h"
 #include "bpe/vocab.h"
 
 namespace fastformer::bpe {
@@ -62,10 +63,10 @@ class Trie {
 
     void mark_leaves(uint32_t nodes);
 
-    std::vector<Edge> edges_;
-    std::vector<uint64_t> filter_;
-    std::vector<Start> characters_;  // by code point, of three bytes each
-    std::vector<uint32_t> pairs_, prefix_;
+    Table<Edge> edges_;
+    Table<uint64_t> filter_;
+    Table<Start> characters_;  // by code point, of three bytes each
+    Table<uint32_t> pairs_, prefix_;
     size_t mask_ = 0, used_ = 0;
     int shift_ = 0;
     uint32_t tokens_ = 0;

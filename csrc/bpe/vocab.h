@@ -11,6 +11,8 @@
 #include <memory>
 #include <vector>
 
+#include "bpe/memory.h"
+
 namespace fastformer::bpe {
 
 inline constexpr uint32_t kNone = 0xFFFFFFFF;
@@ -44,7 +46,7 @@ class PairTable {
     static constexpr uint64_t kEmpty = ~uint64_t{0};
     static constexpr uint64_t kHash = 0x9E3779B97F4A7C15u;
     size_t slot(uint64_t key) const { return (key * kHash) >> shift_; }
-    std::vector<uint64_t> slots_, filter_;
+    Table<uint64_t> slots_, filter_;
     size_t mask_ = 0;
     int shift_ = 63;
 };

@@ -29,6 +29,8 @@ PyObject* add(PyObject* self, PyObject* args) {
         size_t valid = text.is_str() ? text.size() : unicode::valid_utf8_prefix(text.data(), text.size());
         if (valid != text.size())
             throw std::invalid_argument("the text is not UTF-8: byte " + std::to_string(valid) + " is no character");
+        // The trainer belongs to one call of training.train, so that no other thread touches its words.
+        GilRelease release(text.size() >= kReleaseBytes);
         for (size_t i = 0; i < text.size();) {
             const uint8_t* p = text.data() + i;
             const void* newline = by_line ? std::memchr(p, '\n', text.size() - i) : nullptr;

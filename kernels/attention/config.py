@@ -40,6 +40,25 @@ _HOPPER: _Table = {
     256: (Config(128, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
+_BLACKWELL: _Table = {
+    64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
+    128: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 32, 8, 2)),
+    256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+# Four warps may use all 512 vector registers a lane there.
+_AMD: _Table = {
+    64: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
+    128: (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+}
+_AMD_RICH: _Table = {
+    64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+}
 _OTHER: _Table = {
     64: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
     128: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
@@ -54,7 +73,7 @@ _RICH: _Table = {
 }
 # fp32 products run without tensor cores.
 _SINGLE: _Table = {
-    64: (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
+    64: (Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
     128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 
@@ -65,10 +84,12 @@ def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     width = max(64, call.block_d, call.block_v)
     if call.query.dtype == torch.float32:
         table = _SINGLE
+    elif target.backend == "hip":
+        table = _AMD_RICH if call.rich else _AMD
     elif call.rich:
         table = _RICH
     else:
-        table = _HOPPER if target.name in ("sm_90", "sm_100") else _OTHER
+        table = {"sm_90": _HOPPER, "sm_100": _BLACKWELL}.get(target.name, _OTHER)
     return table[width]
 
 

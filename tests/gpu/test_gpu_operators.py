@@ -40,7 +40,7 @@ def test_numbers_in_fp32(subject, device):
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 239), (239, 1), (113, 203), (128, 128), (799, 3)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_shapes(head_dim, lengths, causal, device, working_dtype, tiny):
-    if tiny and (head_dim > 40 or sum(lengths) > 300):
+    if tiny and (head_dim != 40 or sum(lengths) > 250):
         pytest.skip("too long for a rehearsal")
     torch.manual_seed(0)
     q_len, k_len = lengths

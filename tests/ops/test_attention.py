@@ -46,9 +46,23 @@ def dtypes_here(interpreting):
     return [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
 
 
-@pytest.mark.parametrize("number", range(60))
+@pytest.mark.parametrize("number", range(48))
 def test_fuzz(number, device, interpreting, poisoned):
     check_dense(random_case(number, device, dtypes_here(interpreting)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_fuzz_at_length(block, device, interpreting):
+    """2,000 more; the interpreter takes 15 of every 100."""
+    numbers = range(1000 + 100 * block, 1000 + 100 * block + (15 if interpreting else 100))
+    failures = []
+    for number in numbers:
+        try:
+            check_dense(random_case(number, device, dtypes_here(interpreting)))
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
 
 
 def qkv(device, *shape, kv_len=None, seed=0):

@@ -1,6 +1,8 @@
 """Special tokens, padding, decoding, files, errors, pickling."""
 
 import copy
+import mmap
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -261,3 +263,17 @@ def test_as_tiktoken(tok: BPETokenizer) -> None:
     assert ours.decode_single_token_bytes(5001) == b"<pad>"
     with pytest.raises(ValueError, match="<pad>"):
         ours.encode(text)
+
+
+def test_memory_map_and_fork(tok: BPETokenizer, tmp_path: Path) -> None:
+    text = "".join(hard_strings(50, seed=23))
+    (tmp_path / "text").write_bytes(text.encode())
+    with open(tmp_path / "text", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert tok.encode(view) == tok.encode(text)
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    want = tok.encode(text)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if tok.encode(text) == want else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
