@@ -43,14 +43,14 @@ _HOPPER: _Table = {
 _BLACKWELL: _Table = {
     64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
     128: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 32, 8, 2)),
-    256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    256: (Config(32, 16, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # Four warps may use all 512 vector registers a lane there.
 _AMD: _Table = {
     64: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
     128: (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 1)),
-    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
     512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
 _AMD_RICH: _Table = {
@@ -71,10 +71,9 @@ _RICH: _Table = {
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-# fp32 products run without tensor cores.
+# fp32 products run without tensor cores and hold a whole head dimension of both factors in registers: 64 at most.
 _SINGLE: _Table = {
-    64: (Config(32, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
-    128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
 }
 
 

@@ -8,8 +8,8 @@
 from fastformer.ops.attention.cache import attention_kv_cache
 from fastformer.ops.attention.dense import scaled_dot_product_attention
 from fastformer.ops.attention.merge import merge_attention
-from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.attention.packed_reference import varlen_reference
+from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.attention.varlen import attention_varlen
 from fastformer.ops.attention.weights import attention_weights
 
