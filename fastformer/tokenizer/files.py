@@ -84,7 +84,7 @@ def load_tiktoken(path: Path, pattern: Pattern, special_tokens: dict[str, int]) 
             continue
         try:
             token, rank = line.split()
-            key, value = base64.b64decode(token, validate=True), int(rank)
+            key, value = binascii.a2b_base64(token, strict_mode=True), int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"{path}, line {number}: needs a base64 token and a rank, got {line[:80]!r}") from None
         if key in vocab:

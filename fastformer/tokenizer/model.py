@@ -49,11 +49,16 @@ class Model:
     def engine(self) -> _bpe.Engine:
         """The compiled vocabulary. Raises ValueError for one that cannot encode every text exactly."""
         added = [(token.content, token.id) for token in self.added.values()]
-        for name, number in [*self.vocab.items(), *added]:
-            if not isinstance(number, int) or not 0 <= number <= MAX_ID:
+        numbers = self.vocab.values()
+        if set(map(type, numbers)) - {int} or min(numbers, default=0) < 0 or max(numbers, default=0) > MAX_ID:
+            suspects: list[tuple[str | bytes, int]] = [*self.vocab.items(), *added]
+        else:
+            suspects = [*added]
+        for name, number in suspects:
+            if type(number) is not int or not 0 <= number <= MAX_ID:
                 raise ValueError(f"token {name!r} has the id {number!r}; ids are integers from 0 to {MAX_ID}")
-            if not name:
-                raise ValueError(f"the token of id {number} is empty")
+        if b"" in self.vocab or "" in self.added:
+            raise ValueError("the vocabulary holds an empty token")
         tokens = list(self.vocab)
         merges = None
         if self.merges is not None:

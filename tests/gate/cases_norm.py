@@ -9,7 +9,7 @@ import torch
 from fastformer.kernels.norm import norm_backward, norm_forward
 
 # One width of each class: padded and full single tiles, the widest tiles of either direction, walked rows.
-WIDTHS = (64, 100, 768, 1024, 2048, 4096, 8192, 16384, 65536)
+WIDTHS = (100, 768, 2048, 4096, 8192, 16384, 65536)
 
 
 def _case(n: int, dtype: torch.dtype, rms: bool, dropout: bool, add: bool, mixed: bool = False) -> Callable[[], None]:
