@@ -10,10 +10,23 @@ from typing import Any
 _HOMES = {
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
+    "attention_kv_cache": "attention",
     "attention_varlen": "attention",
+    "attention_weights": "attention",
+    "bias_dropout_add": "activation",
+    "bias_gelu": "activation",
+    "cross_entropy": "loss",
+    "embedding_layer_norm": "embedding",
+    "geglu": "activation",
     "layer_norm": "norm",
+    "linear_cross_entropy": "loss",
+    "merge_attention": "attention",
+    "pool_packed": "pooling",
+    "relu_squared": "activation",
     "rms_norm": "norm",
+    "rotary_embedding": "rotary",
     "scaled_dot_product_attention": "attention",
+    "swiglu": "activation",
 }
 
 __all__ = sorted(_HOMES)
