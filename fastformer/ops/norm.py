@@ -63,7 +63,7 @@ def rms_norm(
     Args:
         input: (..., N), any strides.
         weight: (N,) or None.
-        eps: None: the machine epsilon of input's dtype (as torch.nn.functional.rms_norm).
+        eps: None: the machine epsilon of input's dtype, float32's for 16 bits (as stock).
         offset: added to weight; 1.0 for Gemma.
         out_dtype: as in `layer_norm`.
 
@@ -139,7 +139,7 @@ def add_rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm(residual + row_scale * dropout(input)) in one pass; arguments as in `add_layer_norm` and `rms_norm`.
 
-    eps=None takes the machine epsilon of the sum's dtype.
+    eps=None takes the machine epsilon of the sum's dtype, float32's for 16 bits.
     """
     check_probability("dropout_p", dropout_p)
     out, total = _norm(
@@ -166,10 +166,14 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     """The four functions in one: (normed, sum); the sum is meaningful only if `want_sum`."""
     _check(input, residual, weight, bias, row_scale, seed)
+    for name, dtype in (("residual_dtype", sum_dtype), ("out_dtype", out_dtype)):
+        if dtype is not None and dtype not in _DTYPES:
+            raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
     if sum_dtype is None:
         sum_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     if eps is None:
-        eps = torch.finfo(sum_dtype).eps
+        # Stock computes 16-bit inputs in float32 and takes that one's epsilon.
+        eps = torch.finfo(torch.promote_types(sum_dtype, torch.float32)).eps
     # No kernel computes in float64 or has a program for rows without elements.
     if backend_for(input.device) == "torch" or sum_dtype == torch.float64 or input.shape[-1] == 0:
         return _compose(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype)

@@ -275,3 +275,17 @@ def test_compile(device):
     compiled = torch.autograd.grad(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, r), (x, r, w))
     for a, c in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rms_norm_without_eps_is_stocks(dtype, device, interpreting):
+    if interpreting and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 rounds wrongly")
+    x = (0.01 * torch.randn(5, 24, device=device)).to(dtype)
+    torch.testing.assert_close(rms_norm(x), F.rms_norm(x, (24,)))
+
+
+def test_dtypes_that_are_no_floats_are_refused(device):
+    x = torch.randn(2, 8, device=device)
+    with pytest.raises(TypeError, match="residual_dtype must be a floating-point dtype"):
+        add_layer_norm(x, x, residual_dtype=torch.int32)
