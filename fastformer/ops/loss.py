@@ -24,6 +24,8 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 # Bytes of logits a block may hold, unless a twentieth of all logits is more: enough rows for the matrix products.
 BLOCK_BYTES = 2**28
+# What the logits' gradient is multiplied by in fp16: p - 1 stays far below 65504, p of a rare class above 6e-8.
+HALF_UNIT = 256.0
 
 
 class _Options(NamedTuple):
@@ -189,7 +191,10 @@ def _compose(
 def row_weights(goal: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """Weight of each row's target, 0 where it is ignored: (R,) in weight's dtype, or fp32."""
     kept = goal != ignore_index
-    return kept.float() if weight is None else torch.where(kept, weight[goal.where(kept, 0)], 0.0)
+    if weight is None:
+        return kept.float()
+    # Clamped: an index out of range would end the process's use of the GPU; the loss of such a row is NaN anyway.
+    return torch.where(kept, weight[goal.where(kept, 0).clamp(0, len(weight) - 1)], 0.0)
 
 
 def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -282,32 +287,39 @@ def _linear_forward(
     needs_rows: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradients of rows, weight and bias for a unit gradient of the loss); unneeded gradients are empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, gradients of rows, weight and bias, their factor for a unit gradient of the loss).
+
+    Unneeded gradients are empty. In fp16 the gradients stand in fp32 and without 1 / rows: p / rows of a large
+    vocabulary is below the least fp16 number, and the loss scale that should save it comes with backward only.
+    """
     options = _Options(ignore_index, smoothing, z_loss, cap)
     wide = torch.promote_types(rows.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=rows.device)
     scale = torch.ones((), dtype=wide, device=rows.device)
     if mean:
         scale = 1.0 / row_weights(goal, class_weight, ignore_index).sum().to(wide)
-    drows = rows.new_empty(rows.shape if needs_rows else 0)
+    kept, inside, factor = rows.dtype, scale, torch.ones_like(scale)
+    if rows.dtype == torch.float16:
+        kept, inside, factor = wide, torch.full_like(scale, HALF_UNIT), scale / HALF_UNIT
+    drows = rows.new_empty(rows.shape if needs_rows else 0, dtype=kept)
     dweight = torch.zeros(weight.shape if needs_weight else 0, dtype=wide, device=rows.device)
     dbias = torch.zeros(weight.shape[:1] if needs_bias else 0, dtype=wide, device=rows.device)
     start = 0
     for part, labels in _blocks(rows, goal, weight):
         logits = F.linear(part, weight, bias)
         losses, gradient = _block_gradient(
-            logits, labels, class_weight, scale, options, needs_rows or needs_weight or needs_bias
+            logits, labels, class_weight, inside, options, needs_rows or needs_weight or needs_bias
         )
         loss += losses.sum()
         if needs_rows:
-            torch.mm(gradient, weight, out=drows[start : start + len(part)])
+            _product(gradient, weight, drows[start : start + len(part)])
         if needs_weight:
             _accumulate(dweight, gradient.t(), part)
         if needs_bias:
             dbias += gradient.sum(0, dtype=wide)
         start += len(part)
-    return loss * scale, drows, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return loss * scale, drows, dweight.to(kept), dbias.to(kept), factor
 
 
 def _block_gradient(
@@ -365,15 +377,28 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total += a.to(total.dtype) @ b.to(total.dtype)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, in out's precision."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _linear_fake(rows, weight, bias, goal, class_weight, mean, i, s, z, c, needs_rows, needs_weight, needs_bias):
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    kept = wide if rows.dtype == torch.float16 else rows.dtype
     return (
-        rows.new_empty((), dtype=torch.promote_types(rows.dtype, torch.float32)),
-        rows.new_empty(rows.shape if needs_rows else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        weight.new_empty(weight.shape[:1] if needs_bias else 0),
+        rows.new_empty((), dtype=wide),
+        rows.new_empty(rows.shape if needs_rows else 0, dtype=kept),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=kept),
+        weight.new_empty(weight.shape[:1] if needs_bias else 0, dtype=kept),
+        rows.new_empty((), dtype=wide),
     )
 
 
@@ -381,15 +406,17 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
 
 
 def _linear_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None,) * 10
     if dloss is None:
         return None, None, None, *nothing
+    *saved, factor = ctx.saved_tensors
     gradients = (
-        (gradient * dloss).to(gradient.dtype) if need else None
-        for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        (gradient * (dloss * factor)).to(ctx.dtype) if need else None
+        for gradient, need in zip(saved, ctx.needs_input_grad[:3], strict=True)
     )
     return *gradients, *nothing
 
