@@ -78,8 +78,9 @@ def _rotate(
 
 
 def _empty_beside(x: Tensor) -> Tensor:
-    """Room for a result: x's memory order, unless its last dimension is strided."""
-    return torch.empty_like(x) if x.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Room for a result: x's memory order, unless that strides the last dimension (as for overlapping inputs)."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def rotate(

@@ -119,7 +119,8 @@ def _run(
 
 
 def _run_fake(query, key, cos, sin, position, interleaved, by_token, inverse):
-    return [torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape) for x in (query, key) if x is not None]
+    outs = [torch.empty_like(x) for x in (query, key) if x is not None]
+    return [out if out.stride(-1) == 1 else out.new_empty(out.shape) for out in outs]
 
 
 def _forward(

@@ -62,6 +62,8 @@ class Call:
         self.slope_stride = slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0
         self.scale = scale
         self.scales = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0)
+        # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
+        left, right = (-1 if side >= max(self.q_len, self.k_len) else side for side in (left, right))
         self.left, self.right = left, right
         self.threshold = threshold
         self.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0

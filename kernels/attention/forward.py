@@ -99,7 +99,7 @@ def _start(SINKS, head, BLOCK_M: tl.constexpr):
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS is not None:
         sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-        peak = tl.maximum(peak, sink)
+        peak = tl.zeros([BLOCK_M], tl.float32) + sink  # a NaN stays one
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     return peak, total
 

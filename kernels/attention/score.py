@@ -37,7 +37,7 @@ def visible_keys(
         else:
             added = tl.load(MASK + column.to(tl.int64) * mask_k, mask=inside, other=0.0).to(tl.float32)
             inside = inside & (added != float("-inf"))
-            bias = added * LOG2E
+            bias = base2(added)
     return inside, bias
 
 
@@ -46,6 +46,13 @@ def sound_rows(place, mask):
     """Which rows of a tile in memory are free of NaN and Inf."""
     x = tl.load(place, mask=mask, other=0.0)
     return tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1) != 0
+
+
+@triton.jit
+def base2(bias):
+    """A float mask in base 2. The lowest finite numbers stay finite: such a row averages its values, as stock does."""
+    bias *= LOG2E
+    return tl.where(bias < -3.0e38, -3.0e38, bias)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def score_tile(
             else:
                 bias = tl.load(place, mask=row_inside & column_inside, other=0.0).to(tl.float32)
                 seen = seen & (bias != float("-inf"))
-                scores += bias * LOG2E
+                scores += base2(bias)
     if ALIBI:
         scores -= slope * tl.abs(row + offset - column).to(tl.float32)
     return scores, seen, slack

@@ -84,7 +84,8 @@ def read_options(
                 raise ValueError(
                     f"window's {name} side must be an integer >= 0, or None or -1 for no limit, got {side!r}"
                 )
-            sides.append(OPEN if side is None else side)
+            # No sequence is that long; a longer side would overflow where it is added to a position.
+            sides.append(OPEN if side is None or side >= 2**31 - 1 else side)
         left, right = sides
     if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
@@ -127,7 +128,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, head_axis: int, enabl
             raise ValueError(
                 f"key must have query's {heads} heads, got {kv_heads}; pass enable_gqa=True to share key heads"
             )
-        if kv_heads == 0 or heads % kv_heads:
+        if heads == 0 or kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"query's {heads} heads must be a multiple of key's {kv_heads} heads")
 
 
