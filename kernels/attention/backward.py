@@ -203,7 +203,7 @@ def _walk_rows(
         # A row with nothing to attend to has no probabilities (exp2(x - inf) = 0), and whatever it holds stays out.
         empty = lse == float("-inf")
         lse = tl.where(empty, float("inf"), lse * LOG2E)
-        if CHECK:
+        if MASK is not None or LEFT or RIGHT:
             inside = inside & (lse != float("inf"))
         q = tl.load(
             Q + start.to(tl.int64) * q_st + (m[:, None] * q_st + d[None, :]),

@@ -64,6 +64,11 @@ class Call:
         self.scales = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0)
         # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
         left, right = (-1 if side >= max(self.q_len, self.k_len) else side for side in (left, right))
+        # Causal rows may see nothing only if aligned with more queries than keys: that is a window, and treated as one.
+        # Packed, the lengths are on the device; the same bounds make the same lengths.
+        if causal and bottom_right and right < 0:
+            uneven = cu_q.data_ptr() != cu_k.data_ptr() if cu_q is not None and cu_k is not None else False
+            right = 0 if uneven or self.q_len > self.k_len else right
         self.left, self.right = left, right
         self.threshold = threshold
         self.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0

@@ -68,6 +68,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         (64, half, "causal"),
         (64, half, "padded"),
         (64, half, "rich"),
+        (128, half, "packed"),
         (128, half, "causal"),
         (128, half, "rich"),
         (256, half, "causal"),
