@@ -56,7 +56,7 @@ _AMD: _Table = {
 _AMD_RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
     512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
 _OTHER: _Table = {
