@@ -37,7 +37,7 @@ _Table = dict[int, tuple[Config, Config, Config]]
 _HOPPER: _Table = {
     64: (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
     128: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
-    256: (Config(128, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    256: (Config(128, 32, 8, 3), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 _BLACKWELL: _Table = {
@@ -57,7 +57,6 @@ _AMD_RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
-    512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
 _OTHER: _Table = {
     64: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
@@ -69,7 +68,6 @@ _RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
-    512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # fp32 products run without tensor cores and hold a whole head dimension of both factors in registers: 64 at most.
 _SINGLE: _Table = {

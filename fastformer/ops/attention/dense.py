@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backend_for(query.device) == "triton":
         grad = torch.is_grad_enabled()
-        reason = kernel.why_not(query, value, attn_mask, alibi_slopes, grad)
+        reason = kernel.why_not(query, value, options, attn_mask, alibi_slopes, grad)
         if reason is None:
             if dropout_seed is None and options.dropout_p:
                 dropout_seed = draw_seed(query.device)

@@ -19,7 +19,12 @@ _warned: set[str] = set()
 
 
 def why_not(
-    query: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None, grad: bool
+    query: Tensor,
+    value: Tensor,
+    options: Options,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    grad: bool,
 ) -> str | None:
     """Why the kernels cannot take this call, None if they can.
 
@@ -33,6 +38,9 @@ def why_not(
     widest = MAX_HEAD_DIM if query.dtype != torch.float32 else 64
     if head_dim > widest or min(query.shape[-1], value.shape[-1]) < 1:
         return f"a head dimension of {head_dim} in {query.dtype}"
+    ruled = attn_mask is not None or alibi_slopes is not None or options.has_window or options.bottom_right
+    if head_dim > 256 and (ruled or options.dropout_p or options.softcap):
+        return f"a head dimension of {head_dim} with more rules than top-left causal"
     if grad and attn_mask is not None and attn_mask.requires_grad:
         return "the gradient of attn_mask"
     if grad and alibi_slopes is not None and alibi_slopes.requires_grad:

@@ -51,9 +51,13 @@ class Options:
     softcap: float
 
     @property
+    def has_window(self) -> bool:
+        return self.left != OPEN or self.right != OPEN
+
+    @property
     def banded(self) -> bool:
         """Whether the place (i, j) alone can hide a key: causal or window."""
-        return self.is_causal or self.left != OPEN or self.right != OPEN
+        return self.is_causal or self.has_window
 
 
 def read_options(

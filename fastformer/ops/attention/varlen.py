@@ -69,7 +69,7 @@ def attention_varlen(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backend_for(query.device) == "triton":
-        reason = kernel.why_not(query, value, None, alibi_slopes, torch.is_grad_enabled())
+        reason = kernel.why_not(query, value, options, None, alibi_slopes, torch.is_grad_enabled())
         if reason is None:
             if dropout_seed is None and options.dropout_p:
                 dropout_seed = draw_seed(query.device)
