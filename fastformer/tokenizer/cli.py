@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastformer.tokenizer.bpe import BPETokenizer
+from fastformer.tokenizer.files import open_atomic
 from fastformer.tokenizer.progress import Bar
 
 _CHUNK = 1 << 24
@@ -62,7 +63,10 @@ def _open(name: str, mode: str) -> Iterator[BinaryIO]:
         stream = sys.stdin.buffer if mode == "rb" else sys.stdout.buffer
         yield stream
         stream.flush() if mode == "wb" else None
-    else:
+    elif mode == "wb" and (Path(name).is_file() or not Path(name).exists()):
+        with open_atomic(Path(name)) as file:
+            yield file
+    else:  # to read, or a pipe or device
         with open(name, mode) as file:
             yield file  # type: ignore[misc]
 

@@ -51,3 +51,16 @@ def test_pipes(tmp_path: Path, trained: BPETokenizer) -> None:
     assert [int(word) for word in ids.split()] == trained.encode("Hello world")
     back = subprocess.run([*command, "decode", tmp_path], input=ids, capture_output=True, check=True).stdout
     assert back == b"Hello world"
+
+
+def test_what_fails_leaves_the_output_as_it_was(tmp_path: Path, trained: BPETokenizer) -> None:
+    trained.save(tmp_path / "tok")
+    (tmp_path / "ids.txt").write_text("1 2 x")
+    (tmp_path / "old.txt").write_text("kept")
+    for output in ("old.txt", "new.txt"):
+        with pytest.raises(ValueError, match="needs decimal ids"):
+            run("decode", tmp_path / "tok", tmp_path / "ids.txt", "-o", tmp_path / output)
+    assert (tmp_path / "old.txt").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.txt", "old.txt", "tok"]
+    (tmp_path / "ids.txt").write_text("1 2")
+    assert run("decode", tmp_path / "tok", tmp_path / "ids.txt", "-o", "/dev/null") == 0
