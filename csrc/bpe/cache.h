@@ -3,6 +3,7 @@
 // stored earlier goes first.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -34,25 +35,33 @@ struct Key {
             std::memcpy(&k, p, n);
         } else {
             std::memcpy(&k, p, sizeof k);
+            // kOnes[8 * words - n] and what follows it have ones for the first n bytes.
             for (size_t i = 0; i < words; i++) {
-                size_t have = n > 8 * i ? std::min<size_t>(n - 8 * i, 8) : 0;
-                // A shift by 64 is undefined, hence the two halves.
-                k.word[i] &= ~(~uint64_t{0} << (4 * have) << (4 * have));
+                uint64_t mask;
+                std::memcpy(&mask, kOnes.data() + 8 * words - n + 8 * i, 8);
+                k.word[i] &= mask;
             }
         }
         k.word[words - 1] |= static_cast<uint64_t>(n) << 56;
         return k;
     }
     uint64_t hash() const {
+        constexpr uint64_t kFactors[4] = {0xD6E8FEB86659FD93u, 0xA0761D6478BD642Fu, 0xE7037ED1A0B428DBu, 0x8EBC6AF09C88C6E3u};
         uint64_t h = 0;
-        for (size_t i = 0; i < words; i++) h = (h ^ word[i] ^ h >> 32) * 0xD6E8FEB86659FD93u;
-        return (h ^ h >> 29) * 0x9E3779B97F4A7C15u;
+        for (size_t i = 0; i < words; i++) h += (word[i] ^ i) * kFactors[i % 4];
+        return (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
     }
+
+  private:
+    static constexpr std::array<uint8_t, 16 * words> kOnes = [] {
+        std::array<uint8_t, 16 * words> ones{};
+        for (size_t i = 0; i < 8 * words; i++) ones[i] = 0xFF;
+        return ones;
+    }();
 };
 
-// Grows with use from `1 << smallest` to `1 << largest` entries, so that small texts touch little memory and any text
-// a bounded amount.
-template <size_t words, size_t max_ids, int smallest, int largest>
+// Grows with use up to `1 << largest` entries, so that small texts touch little memory and any text a bounded amount.
+template <size_t words, size_t max_ids, int largest>
 class Cache {
   public:
     using Key = bpe::Key<words>;
@@ -62,7 +71,8 @@ class Cache {
         uint32_t ids[max_ids];
     };
 
-    Cache() { allocate(smallest); }
+    // Begins with `1 << bits` entries, or the most there may be.
+    explicit Cache(int bits) { allocate(std::min(bits, largest)); }
     void prefetch(uint64_t hash) const { __builtin_prefetch(entries_.get() + (hash >> shift_ << 1)); }
 
     // The ids of a key, or null.
@@ -118,8 +128,8 @@ class Cache {
     int shift_ = 63, bits_ = 0;
 };
 
-using ShortCache = Cache<2, 4, 12, 19>;   // 128 KB to 16 MB
-using MiddleCache = Cache<4, 8, 8, 18>;   // 16 KB to 16 MB
-using LongCache = Cache<8, 16, 6, 17>;    // 8 KB to 16 MB
+using ShortCache = Cache<2, 4, 19>;    // 32 bytes each, 16 MB
+using MiddleCache = Cache<4, 8, 17>;   // 64 bytes each, 8 MB
+using LongCache = Cache<8, 16, 16>;    // 128 bytes each, 8 MB
 
 }  // namespace fastformer::bpe

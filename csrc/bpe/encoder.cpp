@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bpe/joints.h"
 #include "bpe/merge.h"
 #include "bpe/trie.h"
+#include "bpe/unicode.h"
 
 namespace fastformer::bpe {
 
@@ -14,13 +16,43 @@ constexpr int kValidBits = 16;
 constexpr size_t kBatch = 16384;  // pretokens scanned at once; the scanners' window fits
 constexpr size_t kAhead = 32;     // pretokens whose cache entries are fetched before the first is needed
 
-// Which cache: text beyond Latin has about half an id a byte, so it outgrows an entry's ids before its bytes.
-bool is_short(const uint8_t* p, size_t n) { return n <= 9 || (n <= ShortCache::Key::kBytes && p[n - 1] < 0x80); }
-bool is_middle(const uint8_t* p, size_t n) { return n <= 18 || (n <= MiddleCache::Key::kBytes && p[n - 1] < 0x80); }
+// Whether the last two characters of p[0, n) may have three bytes each, so that a cut is worth looking for.
+bool is_wide(const uint8_t* p, size_t n) { return n >= 6 && p[n - 3] >= 0xE0 && p[n - 6] >= 0xE0; }
+
+// Appends what a cache entry holds.
+void append(const uint32_t* ids, IdBuffer& out) {
+    size_t count = (ids[0] >> kCountShift) + 1;
+    uint32_t* to = out.room(count);
+    std::copy_n(ids, count, to);
+    to[0] &= kIdMask;
+    out.add(count);
+}
+
+// Entries for `count` keys at a load of a half at most.
+int table_bits(size_t count) {
+    int bits = 10;
+    while ((size_t{1} << bits) < 2 * count) bits++;
+    return bits;
+}
 
 }  // namespace
 
-Encoder::Encoder(const Vocab& vocab, Isa isa) : vocab_(vocab), isa_(isa) {}
+Encoder::Encoder(const Vocab& vocab, Isa isa)
+    : vocab_(vocab), isa_(isa), short_(table_bits(vocab.size())), middle_(8), long_(6) {
+    seed();
+}
+
+// Most pretokens are one token; those need no encoding even once. Ranks stand for frequency, so of tokens that fall
+// into one place the lower ones stay.
+void Encoder::seed() {
+    for (uint32_t token = static_cast<uint32_t>(vocab_.size()); token-- > 0;) {
+        Span s = vocab_.bytes_of_token(token);
+        if (s.size > ShortCache::Key::kBytes || !vocab_.is_piece(token)) continue;
+        ShortCache::Key key = ShortCache::Key::of(s.data, s.size, s.size);
+        uint32_t id = vocab_.external(token);
+        short_.store(key, key.hash(), &id, 1);
+    }
+}
 
 void Encoder::encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size_t stop, IdBuffer& out) {
     if (n >= 0xFFFFFFFFu) throw std::invalid_argument("text: at most 4 GB in one call");
@@ -34,70 +66,107 @@ void Encoder::encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size
     }
 }
 
+// Where the text from `at` on may be cut at the latest, `end` being the end of its pretoken.
+size_t Encoder::next_cut(const uint8_t* text, size_t at, size_t end) const {
+    const Joints& joints = vocab_.joints();
+    uint32_t last = 0;
+    while (at + 3 <= end) {
+        uint8_t lead = text[at];
+        if (lead < 0xE0) {
+            last = 0;
+            at += lead < 0x80 ? 1 : 2;
+        } else if (lead >= 0xF0) {
+            last = 0;
+            at += 4;
+        } else {
+            uint32_t point = fastformer::unicode::decode(text + at).point;
+            if (last && !joints.joined(last, point)) return at;
+            last = point;
+            at += 3;
+        }
+    }
+    return end;
+}
+
 void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start,
                             IdBuffer& out) {
     ShortCache::Key keys[kAhead];
     uint64_t hashes[kAhead];
-    for (size_t low = 0; low < count; low += kAhead) {
-        size_t group = std::min(kAhead, count - low), at = start;
-        for (size_t i = 0; i < group; i++) {
-            size_t end = ends[low + i], length = end - at;
-            if (is_short(text + at, length)) {
-                keys[i] = ShortCache::Key::of(text + at, length, n - at);
-                hashes[i] = keys[i].hash();
-                short_.prefetch(hashes[i]);
+    uint32_t stops[kAhead];
+    for (size_t next = 0; next < count;) {
+        size_t group = 0, at = start;
+        for (; group < kAhead && next < count; group++) {
+            size_t end = ends[next];
+            if (is_wide(text + at, end - at)) end = next_cut(text, at, end);
+            next += end == ends[next];
+            size_t length = end - at;
+            if (length <= ShortCache::Key::kBytes) {
+                keys[group] = ShortCache::Key::of(text + at, length, n - at);
+                hashes[group] = keys[group].hash();
+                short_.prefetch(hashes[group]);
             }
+            stops[group] = static_cast<uint32_t>(end);
             at = end;
         }
         // A byte gives at most one id; a hit writes all its entry has.
         uint32_t* to = out.room(at - start + LongCache::kIds);
         for (size_t i = 0; i < group; i++) {
-            size_t end = ends[low + i], length = end - start;
+            size_t end = stops[i], length = end - start;
             const uint8_t* p = text + start;
+            size_t readable = n - start;
             start = end;
-            if (!is_short(p, length)) {
-                size_t readable = n - (end - length);
-                to = is_middle(p, length) ? look_up(middle_, p, length, readable, to, at - end, out)
-                                                        : look_up(long_, p, length, readable, to, at - end, out);
-                continue;
+            if (length <= ShortCache::Key::kBytes) {
+                if (const uint32_t* ids = short_.find(keys[i], hashes[i])) {
+                    std::copy_n(ids, ShortCache::kIds, to);
+                    to[0] &= kIdMask;
+                    to += (ids[0] >> kCountShift) + 1;
+                    continue;
+                }
+                if (!length) continue;
             }
-            if (const uint32_t* ids = short_.find(keys[i], hashes[i])) {
-                std::copy_n(ids, ShortCache::kIds, to);
-                to[0] &= kIdMask;
-                to += (ids[0] >> kCountShift) + 1;
-                continue;
-            }
-            if (!length) continue;
             out.add(static_cast<size_t>(to - out.end()));
-            size_t made = encode_piece(p, length, out);
+            if (length > LongCache::Key::kBytes)
+                encode_piece(p, length, out);
+            else if (length > MiddleCache::Key::kBytes)
+                look_up(long_, p, length, readable, out);
+            else if (length > ShortCache::Key::kBytes)
+                look_up(middle_, p, length, readable, out);
+            else
+                encode_missed(keys[i], hashes[i], p, length, readable, out);
             to = out.room(at - end + LongCache::kIds);
-            if (made <= ShortCache::kIds) short_.store(keys[i], hashes[i], to - made, made);
         }
         out.add(static_cast<size_t>(to - out.end()));
     }
 }
 
-// A pretoken too long for the first cache; `room` bytes of text follow it in the group.
-template <typename AnyCache>
-uint32_t* Encoder::look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room,
-                           IdBuffer& out) {
-    typename AnyCache::Key key{};
-    uint64_t hash = 0;
-    bool fits = n <= AnyCache::Key::kBytes;
-    if (fits) {
-        key = AnyCache::Key::of(p, n, readable);
-        hash = key.hash();
-        if (const uint32_t* ids = cache.find(key, hash)) {
-            std::copy_n(ids, AnyCache::kIds, to);
-            to[0] &= kIdMask;
-            return to + (ids[0] >> kCountShift) + 1;
-        }
+// A pretoken that the first cache would hold and does not. Where it has more ids than fit there, the second holds it.
+void Encoder::encode_missed(const ShortCache::Key& key, uint64_t hash, const uint8_t* p, size_t n, size_t readable,
+                            IdBuffer& out) {
+    MiddleCache::Key wide;
+    uint64_t wide_hash = 0;
+    if (n > ShortCache::kIds) {
+        wide = MiddleCache::Key::of(p, n, readable);
+        wide_hash = wide.hash();
+        if (const uint32_t* ids = middle_.find(wide, wide_hash)) return append(ids, out);
     }
-    out.add(static_cast<size_t>(to - out.end()));
     size_t made = encode_piece(p, n, out);
-    to = out.room(room + LongCache::kIds);
-    if (fits && made <= AnyCache::kIds) cache.store(key, hash, to - made, made);
-    return to;
+    if (made <= ShortCache::kIds)
+        short_.store(key, hash, out.end() - made, made);
+    else if (made <= MiddleCache::kIds)
+        middle_.store(wide, wide_hash, out.end() - made, made);
+}
+
+// A pretoken that `cache` may hold; encoded and stored there if it does not.
+template <typename AnyCache>
+void Encoder::look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, IdBuffer& out) {
+    typename AnyCache::Key key = AnyCache::Key::of(p, n, readable);
+    uint64_t hash = key.hash();
+    if (const uint32_t* ids = cache.find(key, hash)) {
+        append(ids, out);
+        return;
+    }
+    size_t made = encode_piece(p, n, out);
+    if (made <= AnyCache::kIds) cache.store(key, hash, out.end() - made, made);
 }
 
 size_t Encoder::encode_piece(const uint8_t* p, size_t n, IdBuffer& out) {

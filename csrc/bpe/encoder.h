@@ -23,9 +23,12 @@ class Encoder {
     size_t encode_piece(const uint8_t* p, size_t n, IdBuffer& out);
 
   private:
+    void seed();
+    size_t next_cut(const uint8_t* text, size_t at, size_t end) const;
+    void encode_missed(const ShortCache::Key& key, uint64_t hash, const uint8_t* p, size_t n, size_t readable,
+                       IdBuffer& out);
     template <typename AnyCache>
-    uint32_t* look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, uint32_t* to, size_t room,
-                      IdBuffer& out);
+    void look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, IdBuffer& out);
     size_t longest_match(const uint8_t* p, size_t n, uint32_t* to);
     bool valid_pair(uint32_t left, uint32_t right);
 

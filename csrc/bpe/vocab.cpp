@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bpe/joints.h"
 #include "bpe/merge.h"
 #include "bpe/trie.h"
 
@@ -206,6 +207,7 @@ void Vocab::build(const std::vector<Span>& tokens, const std::vector<uint32_t>& 
     auto trie = std::make_shared<Trie>();
     if (monotone_) trie->build(*this, made);
     trie_ = std::move(trie);
+    joints_ = std::make_shared<Joints>(*this);
 }
 
 }  // namespace fastformer::bpe

@@ -24,6 +24,7 @@ struct Span {
     size_t size;
 };
 
+class Joints;
 class Trie;
 
 class PairTable {
@@ -90,14 +91,17 @@ class Vocab {
     // Whether every token can be made by merging, so that the trie knows all of them.
     bool all_reachable() const { return all_reachable_; }
     const Trie& trie() const { return *trie_; }
+    const Joints& joints() const { return *joints_; }
 
     // Internal number of the token with these bytes, or kNone.
     uint32_t find(const uint8_t* p, size_t n) const;
     // Internal number of the token that a pretoken of these bytes is as a whole, or kNone.
     uint32_t find_piece(const uint8_t* p, size_t n) const {
         uint32_t token = n <= longest_ ? find(p, n) : kNone;
-        return token != kNone && (whole_piece_ || reachable(token)) ? token : kNone;
+        return token != kNone && is_piece(token) ? token : kNone;
     }
+    // Whether a pretoken of the token's bytes is the token.
+    bool is_piece(uint32_t token) const { return whole_piece_ || reachable(token); }
     Span bytes_of_token(uint32_t token) const { return bytes_of(external_[token]); }
 
   private:
@@ -112,6 +116,7 @@ class Vocab {
     std::vector<uint32_t> external_, left_, right_;
     std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up
     std::shared_ptr<const Trie> trie_;
+    std::shared_ptr<const Joints> joints_;
     std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
     PairTable pairs_;
     size_t longest_ = 0;
