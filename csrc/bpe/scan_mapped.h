@@ -24,6 +24,8 @@ struct Window {
     size_t base = 0, end = 0;  // text[base, end) is classified
     uint8_t flags[kWindow + 64];
     uint64_t maps[kMaxSets][kWords + 1];  // one zero word behind the last
+    // Single bytes: those that begin no character, CR and LF, ' ', the apostrophe, '/'.
+    uint64_t tail[kWords], newline[kWords], blank[kWords], quote[kWords], slash[kWords];
 };
 
 // Fills the flags of p[0, n), n <= kWindow, which ends at a character boundary, and the maps of `sets`.
@@ -91,42 +93,5 @@ struct Reader : scalar::Text {
         return i;
     }
 };
-
-template <Pattern pattern, Classify classify>
-size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
-    thread_local Window window;
-    const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
-    size_t count = 0, i = pos;
-    // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
-    while (i < n && (capacity - count >= kWindow || count == 0)) {
-        size_t end = n - i > kWindow ? i + kWindow : n;
-        if (end - i > capacity - count) end = i + (capacity - count);
-        while (end < n && end > i && (text[end] & 0xC0) == 0x80) end--;
-        window.base = i;
-        window.end = end;
-        classify(tables, text + i, end - i, kSets<pattern>, kMaxSets, window);
-        Reader<pattern> x{{text, n, tables}, window};
-        do {
-            i = scalar::next<pattern>(x, i);
-            ends[count++] = static_cast<uint32_t>(i);
-        } while (i < end && count < capacity);
-        if (count == capacity) break;
-    }
-    pos = i;
-    return count;
-}
-
-template <Classify classify>
-Scanner::Function get(Pattern pattern) {
-    switch (pattern) {
-        case Pattern::kGpt2: return scan<Pattern::kGpt2, classify>;
-        case Pattern::kCl100k: return scan<Pattern::kCl100k, classify>;
-        case Pattern::kO200k: return scan<Pattern::kO200k, classify>;
-        case Pattern::kLlama3: return scan<Pattern::kLlama3, classify>;
-        case Pattern::kQwen2: return scan<Pattern::kQwen2, classify>;
-        case Pattern::kDeepseek: return scan<Pattern::kDeepseek, classify>;
-        default: return nullptr;
-    }
-}
 
 }  // namespace fastformer::bpe::mapped

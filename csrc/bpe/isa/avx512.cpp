@@ -26,6 +26,14 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) void classify_avx512(cons
             map &= _mm512_testn_epi8_mask(flags, _mm512_set1_epi8(static_cast<char>(sets[k].none)));
             window.maps[k][at / 64] = map & valid;
         }
+        auto equal = [&](char c) __attribute__((target("avx512f,avx512bw"))) {
+            return _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(c));
+        };
+        window.tail[at / 64] = _mm512_cmplt_epi8_mask(bytes, _mm512_set1_epi8(-64));
+        window.newline[at / 64] = equal('\r') | equal('\n');
+        window.blank[at / 64] = equal(' ');
+        window.quote[at / 64] = equal('\'');
+        window.slash[at / 64] = equal('/');
     }
     for (size_t k = 0; k < count; k++) window.maps[k][(n + 63) / 64] = 0;
 }
