@@ -73,19 +73,25 @@ class Cache {
 
     // Begins with `1 << bits` entries, or the most there may be.
     explicit Cache(int bits) { allocate(std::min(bits, largest)); }
-    void prefetch(uint64_t hash) const { __builtin_prefetch(entries_.get() + (hash >> shift_ << 1)); }
+    void prefetch(uint64_t hash) const {
+        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        fetch(e);
+        if constexpr (sizeof(Entry) > 32) fetch(e + 1);
+    }
 
     // The ids of a key, or null.
     const uint32_t* find(const Key& key, uint64_t hash) const {
         const Entry* e = entries_.get() + (hash >> shift_ << 1);
-        if (e[0].key == key) return e[0].ids;
-        if (e[1].key == key) return e[1].ids;
-        return nullptr;
+        // Which of the two it is nobody can predict, whether it is one of them nearly always.
+        bool first = e[0].key == key, second = e[1].key == key;
+        const uint32_t* ids = first ? e[0].ids : e[1].ids;
+        return first | second ? ids : nullptr;
     }
-    // Stores 1 to max_ids ids for a key that is not there.
+    // Stores 1 to max_ids ids.
     void store(const Key& key, uint64_t hash, const uint32_t* ids, size_t count) {
         if (used_ * 2 > capacity_ && capacity_ < size_t{1} << largest) grow();
         Entry* e = entries_.get() + (hash >> shift_ << 1);
+        if (e[0].key == key) return;
         used_ += e[1].key.empty();
         e[1] = e[0];
         e[0].key = key;

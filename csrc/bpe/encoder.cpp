@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "bpe/joints.h"
+#include "bpe/lanes.h"
 #include "bpe/merge.h"
 #include "bpe/trie.h"
 #include "bpe/unicode.h"
@@ -13,20 +14,12 @@ namespace fastformer::bpe {
 namespace {
 
 constexpr int kValidBits = 16;
-constexpr size_t kBatch = 16384;  // pretokens scanned at once; the scanners' window fits
-constexpr size_t kAhead = 32;     // pretokens whose cache entries are fetched before the first is needed
+constexpr size_t kScanned = 16384;   // pretokens scanned at once; the scanners' window fits
+constexpr size_t kBatch = 192;       // pretokens whose cache entries are fetched before the first is needed
+constexpr uint32_t kElsewhere = 15;  // in place of a count
 
 // Whether the last two characters of p[0, n) may have three bytes each, so that a cut is worth looking for.
 bool is_wide(const uint8_t* p, size_t n) { return n >= 6 && p[n - 3] >= 0xE0 && p[n - 6] >= 0xE0; }
-
-// Appends what a cache entry holds.
-void append(const uint32_t* ids, IdBuffer& out) {
-    size_t count = (ids[0] >> kCountShift) + 1;
-    uint32_t* to = out.room(count);
-    std::copy_n(ids, count, to);
-    to[0] &= kIdMask;
-    out.add(count);
-}
 
 // Entries for `count` keys at a load of a half at most.
 int table_bits(size_t count) {
@@ -37,10 +30,23 @@ int table_bits(size_t count) {
 
 }  // namespace
 
+struct Encoder::Batch {
+    size_t size, missed;
+    uint32_t stops[kBatch + 1];
+    ShortCache::Key keys[kBatch];
+    uint64_t hashes[kBatch];
+    Slot slots[kBatch];
+    uint32_t misses[kBatch];
+    Lanes::Job jobs[kBatch];
+    Lanes lanes;
+};
+
 Encoder::Encoder(const Vocab& vocab, Isa isa)
-    : vocab_(vocab), isa_(isa), short_(table_bits(vocab.size())), middle_(8), long_(6) {
+    : vocab_(vocab), isa_(isa), short_(table_bits(vocab.size())), middle_(8), long_(6), batch_(new Batch) {
     seed();
 }
+
+Encoder::~Encoder() = default;
 
 // Most pretokens are one token; those need no encoding even once. Ranks stand for frequency, so of tokens that fall
 // into one place the lower ones stay.
@@ -56,11 +62,11 @@ void Encoder::seed() {
 
 void Encoder::encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size_t stop, IdBuffer& out) {
     if (n >= 0xFFFFFFFFu) throw std::invalid_argument("text: at most 4 GB in one call");
-    if (ends_.empty()) ends_.resize(kBatch);
+    if (ends_.empty()) ends_.resize(kScanned);
     Scanner::Function scan = Scanner::get(pattern, isa_);
     for (size_t pos = 0; pos < stop;) {
         size_t start = pos;
-        size_t count = scan(text, n, pos, ends_.data(), kBatch);
+        size_t count = scan(text, n, pos, ends_.data(), kScanned);
         while (pos > stop && count && ends_[count - 1] > stop) count--;
         encode_pieces(text, n, ends_.data(), count, start, out);
     }
@@ -90,83 +96,148 @@ size_t Encoder::next_cut(const uint8_t* text, size_t at, size_t end) const {
 
 void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start,
                             IdBuffer& out) {
-    ShortCache::Key keys[kAhead];
-    uint64_t hashes[kAhead];
-    uint32_t stops[kAhead];
-    for (size_t next = 0; next < count;) {
-        size_t group = 0, at = start;
-        for (; group < kAhead && next < count; group++) {
-            size_t end = ends[next];
-            if (is_wide(text + at, end - at)) end = next_cut(text, at, end);
-            next += end == ends[next];
-            size_t length = end - at;
-            if (length <= ShortCache::Key::kBytes) {
-                keys[group] = ShortCache::Key::of(text + at, length, n - at);
-                hashes[group] = keys[group].hash();
-                short_.prefetch(hashes[group]);
-            }
-            stops[group] = static_cast<uint32_t>(end);
-            at = end;
-        }
-        // A byte gives at most one id; a hit writes all its entry has.
-        uint32_t* to = out.room(at - start + LongCache::kIds);
-        for (size_t i = 0; i < group; i++) {
-            size_t end = stops[i], length = end - start;
-            const uint8_t* p = text + start;
-            size_t readable = n - start;
-            start = end;
-            if (length <= ShortCache::Key::kBytes) {
-                if (const uint32_t* ids = short_.find(keys[i], hashes[i])) {
-                    std::copy_n(ids, ShortCache::kIds, to);
-                    to[0] &= kIdMask;
-                    to += (ids[0] >> kCountShift) + 1;
-                    continue;
-                }
-                if (!length) continue;
-            }
-            out.add(static_cast<size_t>(to - out.end()));
-            if (length > LongCache::Key::kBytes)
-                encode_piece(p, length, out);
-            else if (length > MiddleCache::Key::kBytes)
-                look_up(long_, p, length, readable, out);
-            else if (length > ShortCache::Key::kBytes)
-                look_up(middle_, p, length, readable, out);
-            else
-                encode_missed(keys[i], hashes[i], p, length, readable, out);
-            to = out.room(at - end + LongCache::kIds);
-        }
-        out.add(static_cast<size_t>(to - out.end()));
+    Batch& batch = *batch_;
+    for (size_t done = 0; done < count; start = batch.stops[batch.size]) {
+        done += gather(batch, text, n, ends + done, count - done, start);
+        find(batch, text, n);
+        if (batch.missed) merge_missed(batch, text, n);
+        emit(batch, out);
     }
 }
 
-// A pretoken that the first cache would hold and does not. Where it has more ids than fit there, the second holds it.
-void Encoder::encode_missed(const ShortCache::Key& key, uint64_t hash, const uint8_t* p, size_t n, size_t readable,
-                            IdBuffer& out) {
-    MiddleCache::Key wide;
-    uint64_t wide_hash = 0;
-    if (n > ShortCache::kIds) {
-        wide = MiddleCache::Key::of(p, n, readable);
-        wide_hash = wide.hash();
-        if (const uint32_t* ids = middle_.find(wide, wide_hash)) return append(ids, out);
+// Fills the batch with pretokens from `start` on, cut where they can be, and asks for their places in the caches.
+// Returns how many of the `ends` are in it to the last byte.
+size_t Encoder::gather(Batch& batch, const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start) {
+    size_t size = 0, next = 0, at = start;
+    while (size < kBatch && next < count) {
+        size_t end = ends[next];
+        if (is_wide(text + at, end - at)) end = next_cut(text, at, end);
+        next += end == ends[next];
+        size_t length = end - at;
+        batch.stops[size] = static_cast<uint32_t>(at);
+        if (length <= ShortCache::Key::kBytes) {
+            batch.keys[size] = ShortCache::Key::of(text + at, length, n - at);
+            batch.hashes[size] = batch.keys[size].hash();
+            short_.prefetch(batch.hashes[size]);
+        } else if (length <= MiddleCache::Key::kBytes) {
+            batch.hashes[size] = MiddleCache::Key::of(text + at, length, n - at).hash();
+            middle_.prefetch(batch.hashes[size]);
+        } else if (length <= LongCache::Key::kBytes) {
+            batch.hashes[size] = LongCache::Key::of(text + at, length, n - at).hash();
+            long_.prefetch(batch.hashes[size]);
+        }
+        size += length > 0;
+        at = end;
     }
-    size_t made = encode_piece(p, n, out);
-    if (made <= ShortCache::kIds)
-        short_.store(key, hash, out.end() - made, made);
-    else if (made <= MiddleCache::kIds)
-        middle_.store(wide, wide_hash, out.end() - made, made);
+    batch.stops[size] = static_cast<uint32_t>(at);
+    batch.size = size;
+    return next;
 }
 
-// A pretoken that `cache` may hold; encoded and stored there if it does not.
-template <typename AnyCache>
-void Encoder::look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, IdBuffer& out) {
-    typename AnyCache::Key key = AnyCache::Key::of(p, n, readable);
-    uint64_t hash = key.hash();
-    if (const uint32_t* ids = cache.find(key, hash)) {
-        append(ids, out);
-        return;
+// Looks the batch up; what no cache holds goes to the list of the missed.
+void Encoder::find(Batch& batch, const uint8_t* text, size_t n) {
+    size_t missed = 0;
+    spill_.resize(0);
+    for (size_t i = 0; i < batch.size; i++) {
+        size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
+        const uint32_t* ids = nullptr;
+        if (length <= ShortCache::Key::kBytes) {
+            ids = short_.find(batch.keys[i], batch.hashes[i]);
+            if (ids) {
+                std::memcpy(&batch.slots[i], ids, sizeof(Slot));
+                continue;
+            }
+            // Where a short one has more ids than fit there, the second cache holds it.
+            if (length > ShortCache::kIds) {
+                MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
+                ids = middle_.find(key, key.hash());
+            }
+        } else if (length <= MiddleCache::Key::kBytes) {
+            ids = middle_.find(MiddleCache::Key::of(text + start, length, n - start), batch.hashes[i]);
+        } else if (length <= LongCache::Key::kBytes) {
+            ids = long_.find(LongCache::Key::of(text + start, length, n - start), batch.hashes[i]);
+        }
+        if (ids) {
+            size_t count = (ids[0] >> kCountShift) + 1;
+            spill(batch.slots[i], ids, count);
+            spill_.data()[spill_.size() - count] &= kIdMask;
+        } else {
+            batch.misses[missed++] = static_cast<uint32_t>(i);
+        }
     }
-    size_t made = encode_piece(p, n, out);
-    if (made <= AnyCache::kIds) cache.store(key, hash, out.end() - made, made);
+    batch.missed = missed;
+}
+
+void Encoder::merge_missed(Batch& batch, const uint8_t* text, size_t n) {
+    size_t jobs = 0;
+    bool ask_whole = !vocab_.monotone() || !vocab_.all_reachable();
+    for (size_t k = 0; k < batch.missed; k++) {
+        uint32_t i = batch.misses[k], start = batch.stops[i], length = batch.stops[i + 1] - start;
+        uint32_t whole = ask_whole ? vocab_.find_piece(text + start, length) : kNone;
+        if (whole != kNone) {
+            uint32_t id = vocab_.external(whole);
+            finish(batch, i, text, n, &id, 1);
+        } else if (length <= Lanes::kLongest) {
+            batch.jobs[jobs++] = {text + start, length, i};
+        } else {
+            whole_.resize(0);
+            encode_piece(text + start, length, whole_);
+            finish(batch, i, text, n, whole_.data(), whole_.size());
+        }
+    }
+    batch.lanes.run(vocab_.pairs(), batch.jobs, jobs, [&](uint32_t i, uint32_t* tokens, size_t count) {
+        for (size_t k = 0; k < count; k++) tokens[k] = vocab_.external(tokens[k]);
+        finish(batch, i, text, n, tokens, count);
+    });
+}
+
+// Notes what pretoken i became, here and in the cache that can hold it.
+void Encoder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count) {
+    size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
+    if (count <= ShortCache::kIds) {
+        std::copy_n(ids, count, batch.slots[i].ids);
+        batch.slots[i].ids[0] |= static_cast<uint32_t>(count - 1) << kCountShift;
+    } else {
+        spill(batch.slots[i], ids, count);
+    }
+    if (length <= ShortCache::Key::kBytes && count <= ShortCache::kIds) {
+        short_.store(batch.keys[i], batch.hashes[i], ids, count);
+    } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
+        MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
+        middle_.store(key, key.hash(), ids, count);
+    } else if (length <= LongCache::Key::kBytes && count <= LongCache::kIds) {
+        LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
+        long_.store(key, key.hash(), ids, count);
+    }
+}
+
+void Encoder::spill(Slot& slot, const uint32_t* ids, size_t count) {
+    slot.ids[0] = kElsewhere << kCountShift;
+    slot.ids[1] = static_cast<uint32_t>(spill_.size());
+    slot.ids[2] = static_cast<uint32_t>(count);
+    std::copy_n(ids, count, spill_.room(count));
+    spill_.add(count);
+}
+
+void Encoder::emit(const Batch& batch, IdBuffer& out) {
+    // A slot is written whole, whatever its count.
+    uint32_t* to = out.room(ShortCache::kIds * batch.size + spill_.size());
+    for (size_t i = 0; i < batch.size; i++) {
+        const Slot& slot = batch.slots[i];
+        uint32_t count = (slot.ids[0] >> kCountShift) + 1;
+        if (count <= ShortCache::kIds) {
+            uint64_t low, high;
+            std::memcpy(&low, slot.ids, 8);
+            std::memcpy(&high, slot.ids + 2, 8);
+            low &= ~(uint64_t{0xF} << kCountShift);
+            std::memcpy(to, &low, 8);
+            std::memcpy(to + 2, &high, 8);
+            to += count;
+        } else {
+            to = std::copy_n(spill_.data() + slot.ids[1], slot.ids[2], to);
+        }
+    }
+    out.add(static_cast<size_t>(to - out.end()));
 }
 
 size_t Encoder::encode_piece(const uint8_t* p, size_t n, IdBuffer& out) {

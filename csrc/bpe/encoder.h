@@ -10,6 +10,7 @@ namespace fastformer::bpe {
 class Encoder {
   public:
     Encoder(const Vocab& vocab, Isa isa);
+    ~Encoder();
 
     // Appends the ids of text[0, n), which is valid UTF-8 of less than 4 GB.
     void encode(Pattern pattern, const uint8_t* text, size_t n, IdBuffer& out) {
@@ -23,12 +24,21 @@ class Encoder {
     size_t encode_piece(const uint8_t* p, size_t n, IdBuffer& out);
 
   private:
+    // What a batch of pretokens becomes: up to four ids, their count less one in the top bits of the first, or
+    // kElsewhere there, then the place and the number of ids in `spill_`.
+    struct Slot {
+        uint32_t ids[ShortCache::kIds];
+    };
+    struct Batch;
+
     void seed();
     size_t next_cut(const uint8_t* text, size_t at, size_t end) const;
-    void encode_missed(const ShortCache::Key& key, uint64_t hash, const uint8_t* p, size_t n, size_t readable,
-                       IdBuffer& out);
-    template <typename AnyCache>
-    void look_up(AnyCache& cache, const uint8_t* p, size_t n, size_t readable, IdBuffer& out);
+    size_t gather(Batch& batch, const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start);
+    void find(Batch& batch, const uint8_t* text, size_t n);
+    void merge_missed(Batch& batch, const uint8_t* text, size_t n);
+    void finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count);
+    void spill(Slot& slot, const uint32_t* ids, size_t count);
+    void emit(const Batch& batch, IdBuffer& out);
     size_t longest_match(const uint8_t* p, size_t n, uint32_t* to);
     bool valid_pair(uint32_t left, uint32_t right);
 
@@ -37,6 +47,8 @@ class Encoder {
     ShortCache short_;
     MiddleCache middle_;
     LongCache long_;
+    std::unique_ptr<Batch> batch_;
+    IdBuffer spill_, whole_;
     std::vector<uint32_t> ends_, parts_;
     std::vector<uint64_t> open_;   // bit i: an encoding of the rest from i on may still exist
     std::vector<uint64_t> valid_;  // left << 22 | right << 1 | whether the two may stand side by side

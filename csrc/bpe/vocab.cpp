@@ -16,6 +16,7 @@ void PairTable::reserve(size_t count) {
     while ((size_t{1} << bits) < count + count / 4) bits++;
     slots_.assign(size_t{1} << bits, kEmpty);
     filter_.assign((size_t{1} << bits) / 8, 0);
+    of_bytes_.assign(65536, kNone);
     mask_ = slots_.size() - 1;
     shift_ = 64 - bits;
 }
@@ -25,6 +26,7 @@ void PairTable::insert(uint32_t left, uint32_t right, uint32_t merged) {
     size_t i = slot(key);
     while (slots_[i] != kEmpty && slots_[i] >> 21 != key) i = (i + 1) & mask_;
     slots_[i] = key << 21 | merged;
+    if (left < 256 && right < 256) of_bytes_[left << 8 | right] = merged;
     uint64_t bit = (key * kHash) >> (shift_ - 3);
     filter_[bit >> 6] |= uint64_t{1} << (bit & 63);
 }

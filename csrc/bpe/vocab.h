@@ -42,12 +42,20 @@ class PairTable {
             if (entry == kEmpty) return kNone;
         }
     }
+    // The same for two bytes.
+    uint32_t of_bytes(uint8_t left, uint8_t right) const { return of_bytes_[left << 8 | right]; }
+    void prefetch(uint32_t left, uint32_t right) const {
+        uint64_t h = (static_cast<uint64_t>(left) << 21 | right) * kHash;
+        fetch(&filter_[h >> (shift_ - 3) >> 6]);
+        fetch(&slots_[h >> shift_]);
+    }
 
   private:
     static constexpr uint64_t kEmpty = ~uint64_t{0};
     static constexpr uint64_t kHash = 0x9E3779B97F4A7C15u;
     size_t slot(uint64_t key) const { return (key * kHash) >> shift_; }
     Table<uint64_t> slots_, filter_;
+    Table<uint32_t> of_bytes_;
     size_t mask_ = 0;
     int shift_ = 63;
 };
