@@ -46,10 +46,10 @@ struct Key {
         return k;
     }
     uint64_t hash() const {
-        constexpr uint64_t kFactors[4] = {0xD6E8FEB86659FD93u, 0xA0761D6478BD642Fu, 0xE7037ED1A0B428DBu, 0x8EBC6AF09C88C6E3u};
-        uint64_t h = 0;
-        for (size_t i = 0; i < words; i++) h += (word[i] ^ i) * kFactors[i % 4];
-        return (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
+        // Only the top bits are used, and every bit of the key reaches them.
+        uint64_t h = word[words - 1] * 0xA0761D6478BD642Fu;
+        for (size_t i = words - 1; i-- > 0;) h = (h ^ h >> 32) * 0xE7037ED1A0B428DBu + word[i];
+        return h * 0x9E3779B97F4A7C15u;
     }
 
   private:
@@ -134,7 +134,7 @@ class Cache {
     int shift_ = 63, bits_ = 0;
 };
 
-using ShortCache = Cache<2, 4, 19>;    // 32 bytes each, 16 MB
+using ShortCache = Cache<2, 4, 20>;    // 32 bytes each, 32 MB
 using MiddleCache = Cache<4, 8, 17>;   // 64 bytes each, 8 MB
 using LongCache = Cache<8, 16, 16>;    // 128 bytes each, 8 MB
 

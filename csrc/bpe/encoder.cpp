@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "bpe/joints.h"
 #include "bpe/lanes.h"
@@ -16,15 +17,16 @@ namespace {
 constexpr int kValidBits = 16;
 constexpr size_t kScanned = 16384;   // pretokens scanned at once; the scanners' window fits
 constexpr size_t kBatch = 192;       // pretokens whose cache entries are fetched before the first is needed
+constexpr size_t kMarks = 512;       // short texts that are looked up together
 constexpr uint32_t kElsewhere = 15;  // in place of a count
 
-// Whether the last two characters of p[0, n) may have three bytes each, so that a cut is worth looking for.
-bool is_wide(const uint8_t* p, size_t n) { return n >= 6 && p[n - 3] >= 0xE0 && p[n - 6] >= 0xE0; }
+// Whether the last two characters of the n bytes before `end` may have three bytes each, so that a cut is worth looking for.
+bool is_wide(const uint8_t* end, size_t n) { return end[-1] >= 0x80 && n >= 6 && end[-3] >= 0xE0 && end[-6] >= 0xE0; }
 
-// Entries for `count` keys at a load of a half at most.
+// Entries for `count` keys at a load of a quarter at most: two of three that meet push out one, every time anew.
 int table_bits(size_t count) {
     int bits = 10;
-    while ((size_t{1} << bits) < 2 * count) bits++;
+    while ((size_t{1} << bits) < 4 * count) bits++;
     return bits;
 }
 
@@ -32,6 +34,7 @@ int table_bits(size_t count) {
 
 struct Encoder::Batch {
     size_t size, missed;
+    bool grown;  // by a pretoken of uncommon length
     uint32_t stops[kBatch + 1];
     ShortCache::Key keys[kBatch];
     uint64_t hashes[kBatch];
@@ -41,8 +44,23 @@ struct Encoder::Batch {
     Lanes lanes;
 };
 
+// Where texts that stand side by side end, and how many ids each became.
+struct Encoder::Marks {
+    uint32_t ends[kMarks];
+    size_t size, next, before;
+    IdBuffer& counts;
+
+    // The text from `at` on comes after `ids` ids.
+    void pass(size_t at, size_t ids) {
+        for (; next < size && ends[next] <= at; next++) {
+            counts.push(static_cast<uint32_t>(ids - before));
+            before = ids;
+        }
+    }
+};
+
 Encoder::Encoder(const Vocab& vocab, Isa isa)
-    : vocab_(vocab), isa_(isa), short_(table_bits(vocab.size())), middle_(8), long_(6), batch_(new Batch) {
+    : vocab_(vocab), isa_(isa), short_(table_bits(vocab.size())), middle_(8), long_(6), batch_(new Batch{}) {
     seed();
 }
 
@@ -70,6 +88,15 @@ void Encoder::encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size
         while (pos > stop && count && ends_[count - 1] > stop) count--;
         encode_pieces(text, n, ends_.data(), count, start, out);
     }
+}
+
+// A pretoken of megabytes leaves nothing of its size behind.
+void Encoder::trim() {
+    constexpr size_t kKept = size_t{1} << 18;
+    spill_.reset(kKept);
+    whole_.reset(kKept);
+    if (parts_.capacity() > kKept) std::vector<uint32_t>().swap(parts_);
+    if (open_.capacity() > kKept) std::vector<uint64_t>().swap(open_);
 }
 
 // Where the text from `at` on may be cut at the latest, `end` being the end of its pretoken.
@@ -101,7 +128,41 @@ void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends,
         done += gather(batch, text, n, ends + done, count - done, start);
         find(batch, text, n);
         if (batch.missed) merge_missed(batch, text, n);
-        emit(batch, out);
+        emit(batch, out, nullptr);
+        if (std::exchange(batch.grown, false)) trim();
+    }
+}
+
+void Encoder::encode_many(Pattern pattern, const Span* texts, size_t count, IdBuffer& out, IdBuffer& counts) {
+    if (ends_.empty()) ends_.resize(kScanned);
+    if (joined_.empty()) joined_.resize(kScanned);
+    Scanner::Function scan = Scanner::get(pattern, isa_);
+    size_t i = 0;
+    while (i < count) {
+        if (texts[i].size > kScanned / 4) {
+            size_t before = out.size();
+            encode(pattern, texts[i].data, texts[i].size, out);
+            counts.push(static_cast<uint32_t>(out.size() - before));
+            i++;
+            continue;
+        }
+        // As many as fit side by side; each is scanned as a text of its own, all are looked up together.
+        Marks marks{{}, 0, 0, out.size(), counts};
+        size_t size = 0, pieces = 0, start = 0;
+        for (; i < count && marks.size < kMarks && texts[i].size <= std::min(kScanned / 4, kScanned - size); i++) {
+            std::copy_n(texts[i].data, texts[i].size, joined_.data() + size);
+            size_t pos = size;
+            size += texts[i].size;
+            while (pos < size) pieces += scan(joined_.data(), size, pos, ends_.data() + pieces, kScanned - pieces);
+            marks.ends[marks.size++] = static_cast<uint32_t>(size);
+        }
+        for (size_t done = 0; done < pieces; start = batch_->stops[batch_->size]) {
+            done += gather(*batch_, joined_.data(), size, ends_.data() + done, pieces - done, start);
+            find(*batch_, joined_.data(), size);
+            if (batch_->missed) merge_missed(*batch_, joined_.data(), size);
+            emit(*batch_, out, &marks);
+        }
+        marks.pass(size, out.size());
     }
 }
 
@@ -110,9 +171,12 @@ void Encoder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends,
 size_t Encoder::gather(Batch& batch, const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start) {
     size_t size = 0, next = 0, at = start;
     while (size < kBatch && next < count) {
-        size_t end = ends[next];
-        if (is_wide(text + at, end - at)) end = next_cut(text, at, end);
-        next += end == ends[next];
+        size_t end = ends[next++];
+        if (end > at && is_wide(text + end, end - at)) {
+            size_t cut = next_cut(text, at, end);
+            next -= cut != end;
+            end = cut;
+        }
         size_t length = end - at;
         batch.stops[size] = static_cast<uint32_t>(at);
         if (length <= ShortCache::Key::kBytes) {
@@ -120,11 +184,9 @@ size_t Encoder::gather(Batch& batch, const uint8_t* text, size_t n, const uint32
             batch.hashes[size] = batch.keys[size].hash();
             short_.prefetch(batch.hashes[size]);
         } else if (length <= MiddleCache::Key::kBytes) {
-            batch.hashes[size] = MiddleCache::Key::of(text + at, length, n - at).hash();
-            middle_.prefetch(batch.hashes[size]);
+            middle_.prefetch(MiddleCache::Key::of(text + at, length, n - at).hash());
         } else if (length <= LongCache::Key::kBytes) {
-            batch.hashes[size] = LongCache::Key::of(text + at, length, n - at).hash();
-            long_.prefetch(batch.hashes[size]);
+            long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
         }
         size += length > 0;
         at = end;
@@ -140,22 +202,21 @@ void Encoder::find(Batch& batch, const uint8_t* text, size_t n) {
     spill_.resize(0);
     for (size_t i = 0; i < batch.size; i++) {
         size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
-        const uint32_t* ids = nullptr;
         if (length <= ShortCache::Key::kBytes) {
-            ids = short_.find(batch.keys[i], batch.hashes[i]);
-            if (ids) {
+            if (const uint32_t* ids = short_.find(batch.keys[i], batch.hashes[i])) {
                 std::memcpy(&batch.slots[i], ids, sizeof(Slot));
                 continue;
             }
-            // Where a short one has more ids than fit there, the second cache holds it.
-            if (length > ShortCache::kIds) {
-                MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-                ids = middle_.find(key, key.hash());
-            }
-        } else if (length <= MiddleCache::Key::kBytes) {
-            ids = middle_.find(MiddleCache::Key::of(text + start, length, n - start), batch.hashes[i]);
-        } else if (length <= LongCache::Key::kBytes) {
-            ids = long_.find(LongCache::Key::of(text + start, length, n - start), batch.hashes[i]);
+        }
+        // What has more ids than fit beside a key of its length is held by the next larger cache.
+        const uint32_t* ids = nullptr;
+        if (length <= MiddleCache::Key::kBytes && length > ShortCache::kIds) {
+            MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
+            ids = middle_.find(key, key.hash());
+        }
+        if (!ids && length <= LongCache::Key::kBytes && length > MiddleCache::kIds) {
+            LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
+            ids = long_.find(key, key.hash());
         }
         if (ids) {
             size_t count = (ids[0] >> kCountShift) + 1;
@@ -183,6 +244,7 @@ void Encoder::merge_missed(Batch& batch, const uint8_t* text, size_t n) {
             whole_.resize(0);
             encode_piece(text + start, length, whole_);
             finish(batch, i, text, n, whole_.data(), whole_.size());
+            batch.grown |= length > kScanned;
         }
     }
     batch.lanes.run(vocab_.pairs(), batch.jobs, jobs, [&](uint32_t i, uint32_t* tokens, size_t count) {
@@ -219,10 +281,12 @@ void Encoder::spill(Slot& slot, const uint32_t* ids, size_t count) {
     spill_.add(count);
 }
 
-void Encoder::emit(const Batch& batch, IdBuffer& out) {
+// Appends the ids of the batch and, with `marks`, tells where texts end among them.
+void Encoder::emit(const Batch& batch, IdBuffer& out, Marks* marks) {
     // A slot is written whole, whatever its count.
     uint32_t* to = out.room(ShortCache::kIds * batch.size + spill_.size());
     for (size_t i = 0; i < batch.size; i++) {
+        if (marks) marks->pass(batch.stops[i], out.size() + static_cast<size_t>(to - out.end()));
         const Slot& slot = batch.slots[i];
         uint32_t count = (slot.ids[0] >> kCountShift) + 1;
         if (count <= ShortCache::kIds) {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fastformer.tokenizer import files, huggingface
+from fastformer.tokenizer import _bpe, files, huggingface
 from fastformer.tokenizer import padding as _padding
 from fastformer.tokenizer.added import matcher, split
 from fastformer.tokenizer.compat import TiktokenEncoding
@@ -20,7 +21,7 @@ from fastformer.tokenizer.streaming import StreamDecoder
 Special = Literal["all"] | Collection[str]
 
 
-class BPETokenizer:
+class BPETokenizer(_bpe.Encoding):
     """A byte-level BPE tokenizer whose ids are those of tiktoken and Hugging Face tokenizers on every string.
 
     Text that looks like a special token is ordinary text unless `allowed_special` names it. Lone surrogates in a str
@@ -35,6 +36,7 @@ class BPETokenizer:
         self._engine = model.engine()
         # The scanner's number where text goes to the engine as it is, None where Python has something to do first.
         self._number = model.pattern.number if model.plain else None
+        self._bind(self._engine, -1 if self._number is None else self._number)
         self._specials = {name: token.id for name, token in model.added.items() if token.special}
         self._raw = {name: token for name, token in model.added.items() if not token.normalized}
         self._normalized = {self._normalize(n): token for n, token in model.added.items() if token.normalized}
@@ -79,21 +81,7 @@ class BPETokenizer:
             training.train(source, vocab_size, pattern, special_tokens, min_frequency, max_token_length, progress)
         )
 
-    # Encoding
-
-    def encode(
-        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
-    ) -> list[int]:
-        """The ids of `text`.
-
-        Args:
-            text: str, or UTF-8 in anything with the buffer protocol.
-            allowed_special: special tokens to recognise; "all" for every one.
-            disallowed_special: special tokens whose text raises ValueError; "all" for every one not allowed.
-        """
-        if allowed_special or disallowed_special or self._number is None:
-            return self._encode_added(text, allowed_special, disallowed_special).tolist()
-        return self._engine.encode(text, self._number)
+    # Encoding; `encode` itself is the engine's, which comes back to _encode where Python has something to do.
 
     def encode_array(
         self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
@@ -103,25 +91,46 @@ class BPETokenizer:
             return self._encode_added(text, allowed_special, disallowed_special)
         return np.frombuffer(self._engine.encode_array(text, self._number), dtype=np.uint32)
 
-    def encode_packed(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1]."""
+    def encode_packed(self, texts: Any, *, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1].
+
+        Args:
+            texts: a sequence of str and bytes-like objects, or an Arrow array, chunked array or column of strings
+                (anything with `__arrow_c_array__` or `__arrow_c_stream__`), which is read where it lies. A null has
+                no ids.
+            threads: how many to work on it at most, without the GIL; each has caches of its own, of up to 64 MB.
+        """
         if isinstance(texts, str | bytes):
             raise TypeError(f"texts must be a sequence of texts, got one {type(texts).__name__}")
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads must be an int of at least 1, got {threads!r}")
         if self._number is None:
+            if hasattr(texts, "__arrow_c_array__") or hasattr(texts, "__arrow_c_stream__"):
+                texts = [text or "" for text in texts.to_pylist()]
             parts = [self._encode_added(text, (), ()) for text in texts]
             lengths = np.fromiter((len(part) for part in parts), np.int32, len(parts))
             ids = np.concatenate([*parts, np.empty(0, np.uint32)])
             return ids, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-        packed, offsets = self._engine.encode_batch(texts, self._number)
+        packed, offsets = self._engine.encode_batch(texts, self._number, threads)
         return np.frombuffer(packed, dtype=np.uint32), np.frombuffer(offsets, dtype=np.int32)
 
     def encode_batch(
-        self, texts: Sequence[str | bytes], *, allowed_special: Special = (), disallowed_special: Special = ()
+        self,
+        texts: Sequence[str | bytes],
+        *,
+        allowed_special: Special = (),
+        disallowed_special: Special = (),
+        threads: int = 1,
     ) -> list[list[int]]:
-        """The ids of each text; arguments as for `encode`."""
-        return [
-            self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special) for text in texts
-        ]
+        """The ids of each text; arguments as for `encode` and `encode_packed`."""
+        if allowed_special or disallowed_special or self._number is None:
+            return [
+                self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+                for text in texts
+            ]
+        packed, offsets = self.encode_packed(texts, threads=threads)
+        ids, ends = packed.tolist(), offsets.tolist()
+        return [ids[low:high] for low, high in itertools.pairwise(ends)]
 
     def encode_with_offsets(
         self, text: str | bytes, *, unit: Literal["character", "byte"] = "character", allowed_special: Special = ()
@@ -279,6 +288,13 @@ class BPETokenizer:
         return self._model.whole_piece or len(rows) + 256 == len(self._model.vocab)
 
     # Details
+
+    def _encode(
+        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
+    ) -> list[int]:
+        if allowed_special or disallowed_special or self._number is None:
+            return self._encode_added(text, allowed_special, disallowed_special).tolist()
+        return self._engine.encode(text, self._number)
 
     def _special_set(self, which: Special, name: str) -> frozenset[str]:
         if isinstance(which, str):
