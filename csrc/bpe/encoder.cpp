@@ -69,12 +69,21 @@ Encoder::~Encoder() = default;
 // Most pretokens are one token; those need no encoding even once. Ranks stand for frequency, so of tokens that fall
 // into one place the lower ones stay.
 void Encoder::seed() {
-    for (uint32_t token = static_cast<uint32_t>(vocab_.size()); token-- > 0;) {
-        Span s = vocab_.bytes_of_token(token);
-        if (s.size > ShortCache::Key::kBytes || !vocab_.is_piece(token)) continue;
-        ShortCache::Key key = ShortCache::Key::of(s.data, s.size, s.size);
-        uint32_t id = vocab_.external(token);
-        short_.store(key, key.hash(), &id, 1);
+    constexpr uint32_t kStep = 64;
+    ShortCache::Key keys[kStep];
+    uint64_t hashes[kStep];
+    uint32_t ids[kStep];
+    for (uint32_t token = static_cast<uint32_t>(vocab_.size()); token > 0;) {
+        uint32_t group = 0;
+        while (token > 0 && group < kStep) {
+            Span s = vocab_.bytes_of_token(--token);
+            if (s.size > ShortCache::Key::kBytes || !vocab_.is_piece(token)) continue;
+            keys[group] = ShortCache::Key::of(s.data, s.size, vocab_.readable(s));
+            hashes[group] = keys[group].hash();
+            short_.prefetch(hashes[group]);
+            ids[group++] = vocab_.external(token);
+        }
+        for (uint32_t i = 0; i < group; i++) short_.store(keys[i], hashes[i], &ids[i], 1);
     }
 }
 

@@ -205,11 +205,20 @@ class Boundaries {
     uint64_t starts_[kWords + 1];
 };
 
+// Texts too short for a window to pay.
+inline constexpr size_t kScalar = 48;
+
 template <Pattern pattern, Classify classify>
 size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
     thread_local Window window;
     const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
     size_t count = 0, i = pos;
+    if (n - i < kScalar) {
+        scalar::Text x{text, n, tables};
+        for (; i < n && count < capacity; ends[count++] = static_cast<uint32_t>(i)) i = scalar::next<pattern>(x, i);
+        pos = i;
+        return count;
+    }
     // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
     while (i < n && (capacity - count >= kWindow || count == 0)) {
         size_t end = n - i > kWindow ? i + kWindow : n;

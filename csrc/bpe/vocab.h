@@ -5,6 +5,7 @@
 // its own rank. One pair a token suffices: a merge that makes token t within a text happens undisturbed by t's
 // neighbours, hence as it does when the bytes of t stand alone, and there the last two parts are always the same.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -51,6 +52,9 @@ class PairTable {
     }
 
   private:
+    friend struct Image;
+    // Takes over `slots_` and `filter_` as they are.
+    void adopt();
     static constexpr uint64_t kEmpty = ~uint64_t{0};
     static constexpr uint64_t kHash = 0x9E3779B97F4A7C15u;
     size_t slot(uint64_t key) const { return (key * kHash) >> shift_; }
@@ -66,6 +70,11 @@ class Vocab {
     struct Merge {
         uint32_t left, right, merged;
     };
+    Vocab();
+    ~Vocab();
+    Vocab(const Vocab&) = delete;
+    Vocab& operator=(const Vocab&) = delete;
+
     // `ids[i]` is the external id of `tokens[i]`. Without merges (tiktoken) the id is the rank and any two tokens
     // whose concatenation is a token merge. `whole_piece`: a pretoken that is a token is that token, merges or not.
     // Throws std::invalid_argument with a sentence about what is wrong.
@@ -98,7 +107,8 @@ class Vocab {
     }
     // Whether every token can be made by merging, so that the trie knows all of them.
     bool all_reachable() const { return all_reachable_; }
-    const Trie& trie() const { return *trie_; }
+    // Built when first asked for; only pretokens of uncommon length need it. Throws std::invalid_argument.
+    const Trie& trie() const;
     const Joints& joints() const { return *joints_; }
 
     // Internal number of the token with these bytes, or kNone.
@@ -110,20 +120,28 @@ class Vocab {
     }
     // Whether a pretoken of the token's bytes is the token.
     bool is_piece(uint32_t token) const { return whole_piece_ || reachable(token); }
+    // How many bytes may be read from a token's first on.
+    size_t readable(Span token) const { return static_cast<size_t>(blob_.data() + blob_.size() - token.data); }
     Span bytes_of_token(uint32_t token) const { return bytes_of(external_[token]); }
 
   private:
+    friend struct Image;
     struct Place {
         uint32_t offset, length;
     };
     void number_tokens(const std::vector<Span>& tokens, const std::vector<uint32_t>& order);
     void index_bytes();
+    void split_by_ranks(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
+                        const std::vector<uint32_t>& by_length);
+    std::vector<uint32_t> rank_by_merges(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
+                                         const std::vector<uint32_t>& by_length, const std::vector<Merge>& merges);
+    void derive();
 
     std::vector<uint8_t> blob_;
     std::vector<Place> by_id_;
     std::vector<uint32_t> external_, left_, right_;
     std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up
-    std::shared_ptr<const Trie> trie_;
+    mutable std::atomic<const Trie*> trie_{nullptr};
     std::shared_ptr<const Joints> joints_;
     std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
     PairTable pairs_;

@@ -103,6 +103,8 @@ PyObject* merges(PyObject* self, PyObject*) {
     });
 }
 
+PyObject* id_limit(PyObject* self, PyObject*) { return PyLong_FromSize_t(engine_of(self).vocab.id_limit()); }
+
 }  // namespace
 
 PyMethodDef decode_methods[] = {
@@ -110,6 +112,7 @@ PyMethodDef decode_methods[] = {
     {"lengths", lengths, METH_O, "lengths(ids) -> bytes of each id, uint32"},
     {"token_id", token_id, METH_O, "token_id(bytes) -> id or None"},
     {"merges", merges, METH_NOARGS, "merges() -> (left, right, merged) ids in the order of rank, uint32"},
+    {"id_limit", id_limit, METH_NOARGS, "id_limit() -> one more than the highest id"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,58 +7,6 @@ namespace fastformer::python {
 
 namespace {
 
-using bpe::Span;
-using bpe::Vocab;
-
-PyObject* new_engine(PyTypeObject* type, PyObject* args, PyObject*) {
-    return guarded([&]() -> PyObject* {
-        PyObject *tokens, *ids, *merge_list, *extra, *extra_ids;
-        int whole;
-        if (!PyArg_ParseTuple(args, "OOOpOO:Engine", &tokens, &ids, &merge_list, &whole, &extra, &extra_ids))
-            return nullptr;
-        auto spans_of = [](PyObject* list) {
-            if (!PyList_Check(list)) throw std::invalid_argument("tokens must be a list of bytes");
-            std::vector<Span> spans(static_cast<size_t>(PyList_Size(list)));
-            for (size_t i = 0; i < spans.size(); i++) {
-                char* data;
-                Py_ssize_t size;
-                if (PyBytes_AsStringAndSize(PyList_GetItem(list, static_cast<Py_ssize_t>(i)), &data, &size) < 0)
-                    throw PythonError{};
-                spans[i] = {reinterpret_cast<const uint8_t*>(data), static_cast<size_t>(size)};
-            }
-            return spans;
-        };
-        auto engine = std::make_unique<Engine>();
-        std::vector<Span> spans = spans_of(tokens), extra_spans = spans_of(extra);
-        Buffer id_buffer(ids), extra_buffer(extra_ids);
-        if (id_buffer.count() != spans.size() || extra_buffer.count() != extra_spans.size())
-            throw std::invalid_argument("tokens and ids must be of one length");
-        std::vector<uint32_t> numbers(id_buffer.numbers(), id_buffer.numbers() + id_buffer.count());
-        if (merge_list == Py_None) {
-            engine->vocab.build(spans, numbers, nullptr, whole != 0);
-        } else {
-            Buffer m(merge_list);
-            std::vector<Vocab::Merge> list(m.count() / 3);
-            for (size_t i = 0; i < list.size(); i++) {
-                list[i] = {m.numbers()[3 * i], m.numbers()[3 * i + 1], m.numbers()[3 * i + 2]};
-                if (list[i].left >= spans.size() || list[i].right >= spans.size() || list[i].merged >= spans.size())
-                    throw std::invalid_argument("merges name a token that is not there");
-            }
-            engine->vocab.build(spans, numbers, &list, whole != 0);
-        }
-        for (size_t i = 0; i < extra_spans.size(); i++) engine->vocab.add_special(extra_buffer.numbers()[i], extra_spans[i]);
-        auto alloc = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
-        PyObject* module = PyType_GetModule(type);
-        Ref ids_type(module ? PyObject_GetAttrString(module, "Ids") : nullptr);
-        if (!ids_type) return nullptr;
-        PyObject* self = alloc(type, 0);
-        if (!self) return nullptr;
-        object_of(self)->engine = engine.release();
-        object_of(self)->ids_type = ids_type.release();
-        return self;
-    });
-}
-
 void free_engine(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     delete object_of(self)->engine;
@@ -150,10 +98,10 @@ PyType_Spec encoding_spec = {"fastformer.tokenizer._bpe.Encoding", sizeof(Encodi
 }  // namespace
 
 bool add_engine_type(PyObject* module) {
-    // A type has one list of methods; they are written in two files.
+    // A type has one list of methods; they are written in several files.
     static std::vector<PyMethodDef> methods = [] {
         std::vector<PyMethodDef> all;
-        for (PyMethodDef* list : {encode_methods, decode_methods})
+        for (PyMethodDef* list : {load_methods, encode_methods, decode_methods})
             for (PyMethodDef* m = list; m->ml_name; m++) all.push_back(*m);
         all.push_back({nullptr, nullptr, 0, nullptr});
         return all;

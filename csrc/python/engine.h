@@ -90,6 +90,7 @@ PyObject* encode_list(Engine& engine, long pattern, PyObject* object);
 }
 
 // The methods of Engine, by file.
-extern PyMethodDef encode_methods[], decode_methods[];
+extern PyMethodDef load_methods[], encode_methods[], decode_methods[];
+PyObject* new_engine(PyTypeObject* type, PyObject* args, PyObject* keywords);
 
 }  // namespace fastformer::python

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastformer.tokenizer import _bpe, files, huggingface
+from fastformer.tokenizer import _bpe, files, huggingface, image
 from fastformer.tokenizer import padding as _padding
 from fastformer.tokenizer.added import matcher, split
 from fastformer.tokenizer.compat import TiktokenEncoding
-from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.model import Compiled, Model
 from fastformer.tokenizer.normalize import normalize
 from fastformer.tokenizer.patterns import Pattern
 from fastformer.tokenizer.streaming import StreamDecoder
@@ -48,8 +48,10 @@ class BPETokenizer(_bpe.Encoding):
         """Load a vocabulary.
 
         Args:
-            path: a `.tiktoken` file, a `tokenizer.json`, or a folder that holds tokenizer.json, vocab.json and
-                merges.txt, or encoder.json and vocab.bpe.
+            path: a `.tiktoken` file, a `tokenizer.json`, a `.ffbpe` file that `save` wrote, or a folder that holds
+                tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe. With the environment variable
+                FASTFORMER_TOKENIZER_CACHE naming a folder, what is built is kept there as .ffbpe and found the next
+                time; what is found there damaged or stale is built anew.
             pattern: "gpt2", "cl100k", "o200k", "llama3", "qwen2", "deepseek", "whole", or a regular expression. By
                 default what tokenizer.json says, "gpt2" for the other formats.
             special_tokens: strings and their ids, on top of those that the file names.
@@ -89,7 +91,7 @@ class BPETokenizer(_bpe.Encoding):
         """The ids of `text` as a uint32 array [tokens]; arguments as for `encode`."""
         if allowed_special or disallowed_special or self._number is None:
             return self._encode_added(text, allowed_special, disallowed_special)
-        return np.frombuffer(self._engine.encode_array(text, self._number), dtype=np.uint32)
+        return _numbers(self._engine.encode_array(text, self._number), np.uint32)
 
     def encode_packed(self, texts: Any, *, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1].
@@ -112,7 +114,7 @@ class BPETokenizer(_bpe.Encoding):
             ids = np.concatenate([*parts, np.empty(0, np.uint32)])
             return ids, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         packed, offsets = self._engine.encode_batch(texts, self._number, threads)
-        return np.frombuffer(packed, dtype=np.uint32), np.frombuffer(offsets, dtype=np.int32)
+        return _numbers(packed, np.uint32), _numbers(offsets, np.int32)
 
     def encode_batch(
         self,
@@ -219,7 +221,7 @@ class BPETokenizer(_bpe.Encoding):
     @property
     def vocab_size(self) -> int:
         """One more than the highest id: the number of rows that an embedding needs."""
-        return 1 + max([*self._model.vocab.values(), *(token.id for token in self._model.added.values())])
+        return self._engine.id_limit()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -251,13 +253,18 @@ class BPETokenizer(_bpe.Encoding):
         return TiktokenEncoding(self, name)
 
     def save(self, path: str | Path) -> None:
-        """Write `path`: a `.tiktoken` file, or a tokenizer.json for `.json` and for a folder (anything else).
+        """Write `path`: a `.tiktoken` file, a `.ffbpe` file, or a tokenizer.json for `.json` and for a folder
+        (anything else). A `.ffbpe` file is the engine's own form: it holds everything, loads at once, and is read by
+        versions of the library that share its format only.
 
         Raises:
             ValueError: the format cannot say what this tokenizer does. A .tiktoken file holds neither merges nor
                 special tokens, so the merges must follow from the ids, and special tokens are left out.
         """
         path = Path(path)
+        if path.suffix == ".ffbpe":
+            files.write_atomic(path, image.dumps(self._model, self._engine))
+            return
         if path.suffix == ".tiktoken":
             if not self._model.plain:
                 raise ValueError(
@@ -277,9 +284,7 @@ class BPETokenizer(_bpe.Encoding):
     def _merges(self) -> list[tuple[bytes, bytes]]:
         if self._model.merges is not None:
             return self._model.merges
-        token_of = {number: token for token, number in self._model.vocab.items()}
-        rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3).tolist()
-        return [(token_of[left], token_of[right]) for left, right, _ in rows]
+        return Compiled(self._engine, True, self._model.pattern, {}).merges or []
 
     def _same_merges(self, other: Model) -> bool:
         rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3)
@@ -338,11 +343,11 @@ class BPETokenizer(_bpe.Encoding):
             text = " " + text
         pattern = self._model.pattern
         if pattern.number is not None:
-            return np.frombuffer(self._engine.encode_array(text, pattern.number), dtype=np.uint32)
-        return np.frombuffer(self._engine.encode_pieces(text, pattern.boundaries(text)), dtype=np.uint32)
+            return _numbers(self._engine.encode_array(text, pattern.number), np.uint32)
+        return _numbers(self._engine.encode_pieces(text, pattern.boundaries(text)), np.uint32)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model,)
+        return _unpickle, (type(self), image.dumps(self._model, self._engine))
 
     def __copy__(self) -> BPETokenizer:
         return self
@@ -352,6 +357,14 @@ class BPETokenizer(_bpe.Encoding):
 
     def __repr__(self) -> str:
         return f"<BPETokenizer of {self.vocab_size} ids, pattern {self._model.pattern.name!r}>"
+
+
+def _unpickle(cls: type[BPETokenizer], data: bytes) -> BPETokenizer:
+    return cls(image.loads(data))
+
+
+def _numbers(ids: _bpe.Ids, dtype: type[np.generic]) -> np.ndarray:
+    return np.frombuffer(ids, dtype=dtype)  # type: ignore[call-overload]
 
 
 def _as_str(data: Any) -> str:
