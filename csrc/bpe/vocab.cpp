@@ -61,6 +61,66 @@ void Vocab::add_special(uint32_t id, Span bytes) {
     if (by_id_[id].length) return;
     by_id_[id] = {static_cast<uint32_t>(blob_.size()), static_cast<uint32_t>(bytes.size)};
     blob_.insert(blob_.end(), bytes.data, bytes.data + bytes.size);
+    if (!ids_are_dense()) {
+        inline_.clear();
+    } else if (!inline_.empty()) {
+        inline_.resize(by_id_.size(), Inline{{}, 0});
+        sizes_.resize(by_id_.size(), 0);
+        put_inline(id);
+    }
+}
+
+void Vocab::derive_inline() {
+    if (!ids_are_dense()) return;
+    inline_.assign(by_id_.size(), Inline{{}, 0});
+    sizes_.assign(by_id_.size(), 0);
+    for (uint32_t id = 0; id < by_id_.size(); id++)
+        if (by_id_[id].length) put_inline(id);
+}
+
+void Vocab::put_inline(uint32_t id) {
+    Span s = bytes_of(id);
+    sizes_[id] = s.size <= sizeof Inline::bytes ? static_cast<uint8_t>(s.size) : kOutside;
+    inline_[id].size = sizes_[id];
+    if (sizes_[id] != kOutside) std::copy_n(s.data, s.size, inline_[id].bytes);
+}
+
+size_t Vocab::measure(const uint32_t* ids, size_t count, size_t& bad) const {
+    size_t total = 0;
+    if (inline_.empty()) {
+        for (bad = 0; bad < count && bytes_of(ids[bad]).size; bad++) total += bytes_of(ids[bad]).size;
+        return total;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint8_t size = ids[i] < sizes_.size() ? sizes_[ids[i]] : 0;
+        if (size == 0) {
+            bad = i;
+            return total;
+        }
+        total += size != kOutside ? size : by_id_[ids[i]].length;
+    }
+    bad = count;
+    return total;
+}
+
+void Vocab::decode(const uint32_t* ids, size_t count, uint8_t* to, size_t size) const {
+    const uint8_t* end = to + size;
+    size_t i = 0;
+    // All 16 bytes of an entry at a time, as long as they fit.
+    for (; !inline_.empty() && i < count && end - to >= 16; i++) {
+        const Inline& token = inline_[ids[i]];
+        if (token.size == kOutside) {
+            Span s = bytes_of(ids[i]);
+            to = std::copy_n(s.data, s.size, to);
+            continue;
+        }
+        std::memcpy(to, &token, sizeof token);
+        to += token.size;
+    }
+    for (; i < count; i++) {
+        Span s = bytes_of(ids[i]);
+        to = std::copy_n(s.data, s.size, to);
+    }
 }
 
 // Lays out the bytes and gives tokens[order[k]] the internal number k.
@@ -258,6 +318,7 @@ void Vocab::derive() {
     lengths_.resize(n);
     for (uint32_t k = 0; k < n; k++) lengths_[k] = static_cast<uint16_t>(std::min<size_t>(bytes_of_token(k).size, 0xFFFF));
     joints_ = std::make_shared<Joints>(*this);
+    derive_inline();
 }
 
 const Trie& Vocab::trie() const {

@@ -90,6 +90,10 @@ class Vocab {
         return {blob_.data() + by_id_[id].offset, by_id_[id].length};
     }
     size_t id_limit() const { return by_id_.size(); }
+    // Bytes of the ids in all, or the place of the first that is none in `bad`.
+    size_t measure(const uint32_t* ids, size_t count, size_t& bad) const;
+    // Writes the bytes of valid ids to `to`, which has room for just `size` bytes, their number.
+    void decode(const uint32_t* ids, size_t count, uint8_t* to, size_t size) const;
     uint32_t external(uint32_t token) const { return external_[token]; }
     const uint32_t* external() const { return external_.data(); }
     uint32_t byte_token(uint8_t byte) const { return byte; }
@@ -136,8 +140,19 @@ class Vocab {
     std::vector<uint32_t> rank_by_merges(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
                                          const std::vector<uint32_t>& by_length, const std::vector<Merge>& merges);
     void derive();
+    bool ids_are_dense() const { return by_id_.size() <= size() * 4 + (size_t{1} << 20); }
+    void derive_inline();
+    void put_inline(uint32_t id);
+
+    // A token's bytes beside their number: what decoding copies, one cache line a token; empty where ids are too far apart.
+    struct Inline {
+        uint8_t bytes[15], size;
+    };
+    static constexpr uint8_t kOutside = 255;
 
     std::vector<uint8_t> blob_;
+    Table<Inline> inline_;        // by id; size 0: no such id
+    std::vector<uint8_t> sizes_;  // the same sizes, for a quick sum
     std::vector<Place> by_id_;
     std::vector<uint32_t> external_, left_, right_;
     std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up

@@ -42,23 +42,14 @@ PyObject* decode(PyObject* self, PyObject* args) {
             }
             ids = listed.data();
         }
-        size_t total = 0;
-        for (size_t i = 0; i < n; i++) {
-            size_t size = vocab.bytes_of(ids[i]).size;
-            if (!size) {
-                Ref id(PyLong_FromUnsignedLong(ids[i]));
-                bad_id(id.get());
-            }
-            total += size;
+        size_t bad, total = vocab.measure(ids, n, bad);
+        if (bad < n) {
+            Ref id(PyLong_FromUnsignedLong(ids[bad]));
+            bad_id(id.get());
         }
         Ref bytes(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(total)));
         if (!bytes) return nullptr;
-        char* to = PyBytes_AsString(bytes.get());
-        for (size_t i = 0; i < n; i++) {
-            Span s = vocab.bytes_of(ids[i]);
-            std::memcpy(to, s.data, s.size);
-            to += s.size;
-        }
+        vocab.decode(ids, n, reinterpret_cast<uint8_t*>(PyBytes_AsString(bytes.get())), total);
         return bytes.release();
     });
 }
