@@ -18,8 +18,9 @@ uint64_t checksum(const uint8_t* p, size_t n) {
             h[k] = (h[k] ^ word) * 0x9E3779B97F4A7C15u;
             h[k] ^= h[k] >> 29;
         }
-    for (uint64_t rest : h) h[0] = (h[0] ^ rest) * 0xD6E8FEB86659FD93u + 1;
-    return h[0] ^ hash_bytes(p + i, n - i);
+    uint64_t all = hash_bytes(p + i, n - i);
+    for (uint64_t lane : h) all = (all ^ lane) * 0xD6E8FEB86659FD93u + 1;
+    return all;
 }
 
 struct Writer {

@@ -72,6 +72,7 @@ class BPETokenizer(_bpe.Encoding):
         min_frequency: int = 0,
         max_token_length: int | None = None,
         progress: bool | Callable[[int], object] = False,
+        threads: int = 1,
     ) -> BPETokenizer:
         """Learn a vocabulary; the merges are those of Hugging Face's BpeTrainer over the whole ByteLevel alphabet.
 
@@ -79,9 +80,8 @@ class BPETokenizer(_bpe.Encoding):
         """
         from fastformer.tokenizer import training
 
-        return cls(
-            training.train(source, vocab_size, pattern, special_tokens, min_frequency, max_token_length, progress)
-        )
+        options = (pattern, special_tokens, min_frequency, max_token_length, progress, threads)
+        return cls(training.train(source, vocab_size, *options))
 
     # Encoding; `encode` itself is the engine's, which comes back to _encode where Python has something to do.
 

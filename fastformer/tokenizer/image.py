@@ -84,8 +84,8 @@ def cached(sources: Iterable[Path], arguments: Any, build: Callable[[], Model]) 
     path = Path(folder) / f"{key.hexdigest()}.ffbpe"
     try:
         return loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        pass
+    except (OSError, ValueError):
+        pass  # not there, or not usable: made anew below
     model = build()
     from fastformer.tokenizer.files import write_atomic
 
