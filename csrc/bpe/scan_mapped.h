@@ -3,6 +3,7 @@
 // find the ends of runs in the maps. What reaches past the window is read as the scalar scanner reads it.
 #pragma once
 #include <bit>
+#include <cstring>
 
 #include "bpe/scan_scalar.h"
 
@@ -31,16 +32,15 @@ struct Window {
 // Fills the flags of p[0, n), n <= kWindow, which ends at a character boundary, and the maps of `sets`.
 using Classify = void (*)(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
 
-// The flags of every character of p[at, n) that is not ASCII, for `mask` of the 64 bytes at `at`.
-inline void classify_high(const Tables& tables, const uint8_t* p, size_t at, uint64_t mask, uint8_t* flags) {
-    while (mask) {
-        size_t i = at + static_cast<size_t>(std::countr_zero(mask));
-        uint8_t a = p[i];
-        mask &= mask - 1;
-        if ((a & 0xC0) == 0x80) continue;  // its lead byte has seen to it
+// The flags of the characters whose first bytes are those of `leads` among the 64 at `at`, none of them ASCII. With
+// `spill` up to three bytes behind a character are written too, for the caller to write after it.
+template <bool spill>
+void classify_high(const Tables& tables, const uint8_t* p, size_t at, uint64_t leads, uint8_t* flags) {
+    for (; leads; leads &= leads - 1) {
+        size_t i = at + static_cast<size_t>(std::countr_zero(leads));
         Char c = decode(p + i);
-        uint8_t f = flags_of(tables, c.point);
-        for (uint32_t k = 0; k < c.length; k++) flags[i + k] = f;
+        uint32_t f = flags_of(tables, c.point) * 0x01010101u;
+        std::memcpy(flags + i, &f, spill ? 4 : c.length);
     }
 }
 

@@ -75,7 +75,7 @@ __attribute__((target("avx2"))) void classify_avx2(const Tables& tables, const u
         uint64_t leading = static_cast<uint64_t>(std::countr_one(multi));
         for (size_t k = 0; k < leading && (from[k] & 0xC0) == 0x80; k++) fresh[k] = window.flags[at + k];
         std::memcpy(window.flags + at, fresh, 64);
-        if (multi) classify_high(tables, p, at, multi, window.flags);
+        if (multi) classify_high<false>(tables, p, at, multi & ~single.tail, window.flags);
         __m256i flags[2];
         for (int h = 0; h < 2; h++)
             flags[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.flags + at + 32 * h));

@@ -55,7 +55,7 @@ void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* 
         uint64_t leading = static_cast<uint64_t>(std::countr_one(multi));
         for (size_t k = 0; k < leading && (from[k] & 0xC0) == 0x80; k++) fresh[k] = window.flags[at + k];
         std::memcpy(window.flags + at, fresh, 64);
-        if (multi) classify_high(tables, p, at, multi, window.flags);
+        if (multi) classify_high<false>(tables, p, at, multi & ~window.tail[at / 64], window.flags);
         uint8x16_t flags[4];
         for (int k = 0; k < 4; k++) flags[k] = vld1q_u8(window.flags + at + 16 * k);
         auto any_of = [&](uint8_t set) {
