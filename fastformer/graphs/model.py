@@ -247,6 +247,8 @@ class _Graphs:
         except RuntimeError as error:
             self.refused[key] = f"capture failed: {str(error).splitlines()[0]}"
             raise CannotCapture(self.refused[key]) from error
+        # Rehearsing may have moved parameters to where they are wanted.
+        self.addresses = _look(model)[1]
         steps[arrival.bucket] = step
         self.report.captured.append((arrival.bucket, use, time.perf_counter() - began))
         return step

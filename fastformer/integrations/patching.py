@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastformer.integrations import families
+from fastformer.integrations.packed_linear import separate
 from fastformer.integrations.swap import UNDO, is_swapped, restore, swap
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (4, 57), (5, 23)
@@ -151,6 +152,7 @@ def unpatch(model: torch.nn.Module) -> int:
             type(module).__dict__[UNDO](module)
         if is_swapped(module):
             restore(module)
+            separate(module)
             module.__dict__.pop("fastformer_unpad", None)
             restored += 1
     return restored
