@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import as_rows, cdiv, power_of_two, row_count, shape_of_program, sum_partials, target
+from fastformer.kernels.rows import (
+    as_rows,
+    cdiv,
+    power_of_two,
+    room,
+    room_like,
+    row_count,
+    shape_of_program,
+    sum_partials,
+    target,
+)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -26,17 +36,26 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
+def _sigmoid(x):
+    """sigmoid(x) and its derivative, fp32: 1 - sigmoid(x) would lose every digit where x is large."""
+    decay = tl.exp(-tl.abs(x))
+    above = 1.0 / (1.0 + decay)
+    below = decay * above
+    return tl.where(x < 0.0, below, above), below * above
+
+
+@triton.jit
 def _activation(x, KIND: tl.constexpr):
     """activation(x) and its derivative, fp32."""
     if KIND == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         return x * cdf, cdf + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        gate = tl.sigmoid((x + x * x * x * TANH_CUBIC) * TANH_LINEAR)
-        return x * gate, gate + x * gate * (1.0 - gate) * (1.0 + x * x * (TANH_CUBIC * 3.0)) * TANH_LINEAR
+        gate, slope = _sigmoid((x + x * x * x * TANH_CUBIC) * TANH_LINEAR)
+        return x * gate, gate + x * slope * (1.0 + x * x * (TANH_CUBIC * 3.0)) * TANH_LINEAR
     elif KIND == "silu":
-        gate = tl.sigmoid(x)
-        return x * gate, gate * (1.0 + x * (1.0 - gate))
+        gate, slope = _sigmoid(x)
+        return x * gate, gate + x * slope
     elif KIND == "relu_squared":
         positive = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
         return positive * positive, 2.0 * positive
@@ -137,7 +156,7 @@ def activation_forward(
         (..., N) in out_dtype.
     """
     n, rows = gate.shape[-1], row_count(gate)
-    y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+    y = room_like(gate, out_dtype)
     if rows:
         x, x_stride = as_rows(gate)
         u, u_stride = (None, 0) if up is None else as_rows(up)
@@ -173,8 +192,8 @@ def activation_backward(
         the gradients that are needed, in the order of those three arguments.
     """
     n, rows = dy.shape[-1], row_count(dy)
-    dgate = None if gate_dtype is None else torch.empty(dy.shape, dtype=gate_dtype, device=dy.device)
-    dup = None if up_dtype is None else torch.empty(dy.shape, dtype=up_dtype, device=dy.device)
+    dgate = None if gate_dtype is None else room_like(dy, gate_dtype)
+    dup = None if up_dtype is None else room_like(dy, up_dtype)
     gradients = [gradient for gradient in (dgate, dup) if gradient is not None]
     if not rows:
         return gradients + ([] if bias_dtype is None else [torch.zeros(n, dtype=bias_dtype, device=dy.device)])
@@ -188,7 +207,7 @@ def activation_backward(
     if bias_dtype is not None:
         # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
         tiles = min(tiles, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
-        partial = torch.empty((1, tiles, n), dtype=torch.float32, device=dy.device)
+        partial = room(tiles, n, torch.float32, dy.device)
     _backward[(tiles, blocks)](
         dy, x, u, bias, seed, dgate, dup, partial, rows, dy_stride, x_stride, u_stride, threshold, keep_scale,
         n, kind, seed is not None, block_m, block_n, **shape_of_program(aim, 2048, 8, 128),

@@ -21,12 +21,14 @@ from fastformer.kernels.rows import (
     as_rows,
     cdiv,
     power_of_two,
+    room,
+    room_like,
     row_count,
     shape_of_program,
     sum_partials,
-    target,
     walkers,
 )
+from fastformer.kernels.targets import target_of
 
 # Widest row kept in registers: 512 threads hold 32 elements of it each in forward, 16 in backward, where dropout's
 # generator takes the registers of half of them.
@@ -311,14 +313,14 @@ def norm_forward(
     Returns:
         y (..., N) in out_dtype, z or None, fp32 statistics: mean and rstd (2, rows), for RMSNorm rstd (1, rows).
     """
-    n, rows = input.shape[-1], row_count(input)
+    n, rows, device = input.shape[-1], row_count(input), input.device
     x, x_stride = as_rows(input)
     r, r_stride = (None, 0) if residual is None else as_rows(residual)
-    y = torch.empty(input.shape, dtype=out_dtype, device=input.device)
-    z = torch.empty(input.shape, dtype=sum_dtype, device=input.device) if keep_sum else None
-    stats = torch.empty((1 if rms else 2, rows), dtype=torch.float32, device=input.device)
+    y = room_like(input, out_dtype)
+    z = room_like(input, sum_dtype) if keep_sum else None
+    stats = room(1 if rms else 2, rows, torch.float32, device)
     if rows:
-        aim = target(input)
+        aim = target_of(device)
         block_n = max(power_of_two(n), 16)
         args = (
             x, r, row_scale, weight, bias, seed, z, y, stats,
@@ -361,50 +363,50 @@ def norm_backward(
     Returns:
         the gradients that are needed, in the order of those four arguments.
     """
-    n, rows = z.shape[-1], row_count(z)
+    n, rows, device = z.shape[-1], row_count(z), z.device
     dtypes = [dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None]
-    dx = None if input_dtype is None else torch.empty(z.shape, dtype=input_dtype, device=z.device)
-    dr = None if residual_dtype is None else torch.empty(z.shape, dtype=residual_dtype, device=z.device)
-    gradients = [gradient for gradient in (dx, dr) if gradient is not None]
+    gradients = []
+    dx = dr = partial = dz_rows = None
+    if input_dtype is not None:
+        dx = room_like(z, input_dtype)
+        gradients.append(dx)
+    if residual_dtype is not None:
+        dr = room_like(z, residual_dtype)
+        gradients.append(dr)
     if not rows:
-        return gradients + [torch.zeros(n, dtype=dtype, device=z.device) for dtype in dtypes]
-    aim = target(z)
-    dy, dy_stride = as_rows(dy)
-    z, z_stride = as_rows(z)
-    dz, dz_stride = (None, 0) if dz is None else as_rows(dz)
+        return gradients + [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
+    aim = target_of(device)
+    dy_rows, dy_stride = as_rows(dy)
+    z_rows, z_stride = as_rows(z)
+    dz_stride = 0
+    if dz is not None:
+        dz_rows, dz_stride = as_rows(dz)
     block_n = max(power_of_two(n), 16)
-    wide = block_n > (BACKWARD_TILE_COLUMNS if seed is None else BACKWARD_DROPOUT_COLUMNS)
-    block_m = max(1, 2048 // block_n) if not wide else 16
+    dropped = seed is not None
+    wide = block_n > (BACKWARD_DROPOUT_COLUMNS if dropped else BACKWARD_TILE_COLUMNS)
+    block_m = 16 if wide else max(1, 2048 // block_n)
     programs = walkers(aim, cdiv(rows, block_m))
-    partial = torch.empty((len(dtypes), programs, n), dtype=torch.float32, device=z.device) if dtypes else None
+    if dtypes:
+        partial = room(len(dtypes) * programs, n, torch.float32, device)
     gains = (weight_dtype is not None, bias_dtype is not None)
     if not wide:
         _backward_tile[(programs,)](
-            dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial, rows, dy_stride, dz_stride, z_stride,
-            threshold, keep_scale, offset, n, rms, seed is not None, *gains, block_m, block_n,
+            dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr, partial, rows, dy_stride, dz_stride,
+            z_stride, threshold, keep_scale, offset, n, rms, dropped, *gains, block_m, block_n,
             2 if block_n <= 4096 else 1,
             **shape_of_program(aim, block_m * block_n, 8, 128),
         )  # fmt: skip
     else:
         _backward_loop[(rows,)](
-            dy, dz, z, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
-            threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS, n,
+            dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
+            threshold, keep_scale, offset, n, rms, dropped, LOOP_COLUMNS, n,
             **shape_of_program(aim, LOOP_COLUMNS, 8, 128),
         )  # fmt: skip
         if partial is not None:
             _backward_columns[(cdiv(n, 128), programs)](
-                dy,
-                z,
-                stats,
-                partial,
-                rows,
-                dy_stride,
-                z_stride,
-                n,
-                rms,
-                *gains,
-                block_m,
-                128,
+                dy_rows, z_rows, stats, partial, rows, dy_stride, z_stride, n, rms, *gains, block_m, 128,
                 **shape_of_program(aim, 2048, 16, 128),
-            )
-    return gradients + (sum_partials(partial, dtypes) if partial is not None else [])
+            )  # fmt: skip
+    if partial is not None:
+        gradients += sum_partials(partial, dtypes)
+    return gradients

@@ -66,3 +66,9 @@ def backend_for(device: torch.device) -> str:
             )
         return "triton"
     return "triton" if usable else "torch"
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)

@@ -237,9 +237,10 @@ def test_full_route(device, interpreting, monkeypatch):
     x, r = torch.randn(3, 40, device=device, requires_grad=True), torch.randn(3, 40, device=device)
     w, b = (torch.randn(40, device=device, requires_grad=True) for _ in range(2))
     seed = seed_tensor(device)
-    args = (x, r, w, b, None, seed, 0.2, 1e-5, 0.0, False, torch.float32, torch.float32, True)
-    torch.library.opcheck(norm._norm_op.op, args)
-    total, stats = (t.detach() for t in norm._norm_op.op(*args)[1:])
+    args = (x, r, w, b, None, seed, 0.2, 1e-5, 0.0, False, torch.float32, torch.float32)
+    torch.library.opcheck(norm._norm_op.op, (x, None, w, b, *args[4:]))
+    torch.library.opcheck(norm._add_norm_op.op, args)
+    total, stats = (t.detach() for t in norm._add_norm_op.op(*args)[1:])
     wanted = (torch.float32,) * 4
     arguments = (
         torch.randn(3, 40, device=device),
@@ -259,7 +260,7 @@ def test_full_route(device, interpreting, monkeypatch):
     def step(y):
         return y, *torch.autograd.grad(y.sin().sum(), (x, w, b))
 
-    light, full = step(norm._norm_op(*args)[0]), step(norm._norm_op.op(*args)[0])
+    light, full = step(norm._add_norm_op(*args)[0]), step(norm._add_norm_op.op(*args)[0])
     assert all(map(torch.equal, light, full))
 
 

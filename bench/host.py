@@ -1,0 +1,212 @@
+"""Host cost of every public operator: microseconds of Python, PyTorch and Triton a call in eager mode, kernels excluded.
+
+- Without a GPU a stand-in takes the place of Triton's driver and of its compiled kernels: launchers choose for an
+  H200's target, Triton binds, specialises and looks up as ever, and the launch itself does nothing. What is left out is
+  the kernel launcher in C (2-4 us a launch on most machines), the CUDA allocator (a CPU tensor is allocated instead) and
+  the hop to autograd's device thread, once a backward pass.
+- With a GPU (stage host-cost of `make gpu`) the same calls run on it with tensors of a few rows, so that the device
+  keeps up and the clock sees the host.
+- One call's graph costs a fixed price to start autograd's engine, which a training step pays once and not once an
+  operator. It is measured on an empty Function, alone and in a chain, and taken off every backward figure.
+- CPU time of the process, the least of many rounds, all subjects in turn: other work on the machine moves it little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.subjects import Subject, subjects
+
+LINKS = 16
+CALLS, ROUNDS = 20, 40
+TARGETS_US = {"forward": 15.0, "both": 25.0}
+
+
+class Empty(torch.autograd.Function):
+    """What any operator with a backward in Python pays: a result, two saved tensors, a gradient for each input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+class _Kernel:
+    """Stands for a compiled kernel; launching it does nothing."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *args: Any) -> None:
+        return None
+
+    def run(self, *args: Any) -> None:
+        return None
+
+
+class _Driver:
+    """The part of a Triton driver that a launch asks for."""
+
+    device = "host-cost"
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def stand_in(name: str = "sm_90") -> Iterator[None]:
+    """Inside, tensors on the CPU take the kernels' path as on the GPU `name`, and no kernel runs: results are not set."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from fastformer.kernels import targets
+    from fastformer.ops import backend
+
+    # All of them before the patch: what is imported inside would keep it.
+    for package in ("fastformer.ops", "fastformer.kernels"):
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
+    met: list[Any] = []
+
+    def compile_nothing(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> _Kernel:
+        kernel = self.device_caches[device][0][key] = _Kernel()
+        met.append(self)
+        return kernel
+
+    chosen, cuda = backend.backend_for, torch.device("cuda", 0)
+    users = [m for n, m in sys.modules.items() if n.startswith("fastformer") and hasattr(m, "backend_for")]
+    before = driver._active
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, driver, "_active", before)
+        driver.set_active(_Driver(targets.TARGETS[name]))
+        stack.enter_context(targets.assume(targets.TARGETS[name]))
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
+        for module in users:
+            stack.enter_context(mock.patch.object(module, "backend_for", lambda device: chosen(cuda)))
+        try:
+            yield
+        finally:
+            for kernel in met:
+                kernel.device_caches.pop(_Driver.device, None)
+
+
+def measure(names: list[str] | None = None, rounds: int = ROUNDS, device: torch.device | None = None) -> dict[str, dict]:
+    """Microseconds a call of every subject.
+
+    Args:
+        names: of `bench.subjects`; None: all.
+        device: None or a CPU: through the stand-in.
+
+    Returns:
+        {name: {"inference", "forward", "both", "stock_forward", "stock_both"}}: under no_grad; with a graph; forward
+        and backward; and the last two for PyTorch's operators, whose kernels count on a CPU. "floor" is the empty
+        Function, "engine" {"both"} what was taken off.
+    """
+    where = device or torch.device("cpu")
+    inside: Callable[[], Any] = stand_in if where.type == "cpu" else contextlib.nullcontext
+    chosen = {k: s for k, s in subjects(True, where).items() if names is None or k in names}
+    leaves = {k: s.draw(where, torch.float32) for k, s in chosen.items()}
+    ours: dict[tuple[str, str], Callable[[], object]] = {}
+    stock: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, subject in chosen.items():
+        for calls, function, prefix in ((ours, subject.operator, ""), (stock, subject.reference, "stock_")):
+            if prefix and subject.random:
+                continue
+            _add(calls, name, prefix, subject, function, leaves[name])
+    floor = [torch.randn(shape, device=where, requires_grad=True) for shape in ((19, 48), (48,), (48,))]
+    pairs = [[t.detach().clone().requires_grad_() for t in floor[1:]] for _ in range(LINKS)]
+    ours["floor", "forward"] = functools.partial(Empty.apply, *floor)
+    ours["floor", "single"] = functools.partial(_both, Empty.apply, floor, torch.ones_like(floor[0]))
+    ours["floor", "chain"] = functools.partial(_chain, floor[0], pairs, torch.ones_like(floor[0]))
+    best: dict[tuple[str, str], float] = {}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            with inside():
+                _round(ours, best)
+            _round(stock, best)
+    finally:
+        gc.enable()
+    chain = best.pop(("floor", "chain")) / LINKS
+    engine = best.pop(("floor", "single")) - chain
+    found: dict[str, dict] = {"engine": {"both": engine}, "floor": {"both": chain}}
+    for (name, kind), value in best.items():
+        found.setdefault(name, {})[kind] = value - (engine if kind.endswith("both") else 0.0)
+    return found
+
+
+def _add(
+    calls: dict[tuple[str, str], Callable[[], object]],
+    name: str,
+    prefix: str,
+    subject: Subject,
+    function: Callable[..., Any],
+    leaves: list[Tensor],
+) -> None:
+    if not prefix:
+        calls[name, "inference"] = functools.partial(_inference, function, leaves)
+    if subject.differentiable:
+        calls[name, f"{prefix}forward"] = functools.partial(function, *leaves)
+        result = subject.reference(*leaves)
+        sent = [torch.ones_like(part) for part in (result if isinstance(result, tuple) else (result,))]
+        calls[name, f"{prefix}both"] = functools.partial(_both, function, leaves, sent)
+
+
+def _inference(function: Callable[..., Any], leaves: list[Tensor]) -> None:
+    with torch.no_grad():
+        function(*leaves)
+
+
+def _both(function: Callable[..., Any], leaves: list[Tensor], sent: Any) -> None:
+    torch.autograd.grad(function(*leaves), leaves, sent)
+
+
+def _chain(x: Tensor, pairs: list[list[Tensor]], sent: Tensor) -> None:
+    y = x
+    for pair in pairs:
+        y = Empty.apply(y, *pair)
+    torch.autograd.grad(y, [x, *(t for pair in pairs for t in pair)], sent)
+
+
+def _round(calls: dict[tuple[str, str], Callable[[], object]], best: dict[tuple[str, str], float]) -> None:
+    for key, call in calls.items():
+        call()
+        start = time.process_time()
+        for _ in range(CALLS):
+            call()
+        taken = (time.process_time() - start) / CALLS * 1e6
+        best[key] = min(best.get(key, taken), taken)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, row in measure(sys.argv[1:] or None).items():
+        print(f"{name:28s}", "  ".join(f"{kind} {value:6.1f}" for kind, value in row.items()))
