@@ -48,7 +48,7 @@ def is_plain(args: Sequence[Any]) -> bool:
     return True
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its first tensor's GPU as the current one, on which Triton launches whatever it is given."""
 
     @functools.wraps(function)
@@ -76,7 +76,7 @@ class Kernel:
 
     def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = name
-        self.function = _on_its_device(function)
+        self.function = on_its_device(function)
         schema = torch.library.infer_schema(function, mutates_args=())
         self.op = torch.library.custom_op(f"fastformer::{name}", self.function, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
@@ -187,7 +187,7 @@ def differentiate(
     Returns:
         the gradient of each tensor, None where it takes none.
     """
-    _say_once(name)
+    say_once(name)
     # Views, so that what reaches one tensor by way of another (b = f(a)) is not counted for it here as well.
     views = [None if t is None else t.view_as(t) for t in tensors]
     results = function(*views)
@@ -202,7 +202,8 @@ def differentiate(
 
 
 @functools.cache
-def _say_once(name: str) -> None:
+def say_once(name: str) -> None:
+    """Warn, once an operator, that PyTorch's operators compute a backward that has a derivative of its own."""
     warnings.warn(
         f"fastformer::{name}: no kernel computes a second derivative (create_graph=True); PyTorch's operators compute "
         "this backward (the same result, slower and in more memory)",
