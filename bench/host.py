@@ -117,7 +117,9 @@ def stand_in(name: str = "sm_90") -> Iterator[None]:
                 kernel.device_caches.pop(_Driver.device, None)
 
 
-def measure(names: list[str] | None = None, rounds: int = ROUNDS, device: torch.device | None = None) -> dict[str, dict]:
+def measure(
+    names: list[str] | None = None, rounds: int = ROUNDS, device: torch.device | None = None
+) -> dict[str, dict]:
     """Microseconds a call of every subject.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -207,7 +208,7 @@ def _tables(tiny: bool, device: torch.device) -> dict[str, Subject]:
 
     def stock_pool(x: Tensor) -> Result:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.stack([wide[a:b].mean(0) for a, b in zip(cuts, cuts[1:], strict=False)]).to(x.dtype)
+        return torch.stack([wide[a:b].mean(0) for a, b in itertools.pairwise(cuts)]).to(x.dtype)
 
     tables = ((words, n), (length, n), (2, n), (n,), (n,))
     return {

@@ -47,19 +47,20 @@ def triton_status() -> tuple[bool, str]:
 
 
 def backend_for(device: torch.device) -> str:
-    """ "triton" or "torch" for tensors on `device`.
+    """ "triton" or "torch" for tensors on `device`. Tensors on "meta" have shapes only, which PyTorch's operators tell.
 
     Raises:
         RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
     """
     choice = forced_backend()
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+    kind = device.type
+    if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
     usable, why = triton_status()
     if choice == "triton":
         if not usable:
             raise RuntimeError(f"FASTFORMER_BACKEND=triton, but {why}")
-        if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
                 f"FASTFORMER_BACKEND=triton, but tensors on {device} can run Triton kernels only "
                 "in its interpreter (TRITON_INTERPRET=1)"

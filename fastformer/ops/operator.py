@@ -131,9 +131,9 @@ class Operator(Kernel):
             return shown(output)
 
         def setup(ctx: Any, inputs: Any, output: Any) -> None:
-            if visible is not None:
-                ctx.mark_non_differentiable(*output[visible:])
             setup_context(ctx, inputs, output)
+            if visible is not None:
+                ctx.mark_non_differentiable(*(ctx.non_differentiable or ()), *output[visible:])
 
         self.op.register_autograd(guarded, setup_context=setup)
         self.light: Any = type(

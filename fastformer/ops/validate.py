@@ -44,8 +44,10 @@ def check_tensor(
 
 
 def matches(value: object, shape: torch.Size, device: torch.device) -> bool:
-    """Whether `value` is a tensor of 16 to 64-bit floats of that shape on that device: true of nearly every call, and told at
-    half of `check_tensor`'s cost, which says what is wrong when it is not."""
+    """Whether `value` is a tensor of 16 to 64-bit floats of that shape on that device.
+
+    True of nearly every call, and told at half of `check_tensor`'s cost, which says what is wrong when it is not.
+    """
     return isinstance(value, Tensor) and value.dtype in _WIDTHS and value.shape == shape and value.device == device
 
 
