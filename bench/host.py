@@ -1,9 +1,8 @@
-"""Host cost of every public operator: microseconds of Python, PyTorch and Triton a call in eager mode, kernels excluded.
+"""Host cost of every public operator: microseconds of Python, PyTorch and Triton an eager call, kernels excluded.
 
 - Without a GPU a stand-in takes the place of Triton's driver and of its compiled kernels: launchers choose for an
-  H200's target, Triton binds, specialises and looks up as ever, and the launch itself does nothing. What is left out is
-  the kernel launcher in C (2-4 us a launch on most machines), the CUDA allocator (a CPU tensor is allocated instead) and
-  the hop to autograd's device thread, once a backward pass.
+  H200's target, look up and launch as ever, and the launch itself does nothing. What is left out is the kernel launcher
+  in C, the CUDA allocator (a CPU tensor is allocated instead) and the hop to autograd's device thread, once a backward.
 - With a GPU (stage host-cost of `make gpu`) the same calls run on it with tensors of a few rows, so that the device
   keeps up and the clock sees the host.
 - One call's graph costs a fixed price to start autograd's engine, which a training step pays once and not once an
@@ -48,73 +47,32 @@ class Empty(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-class _Kernel:
-    """Stands for a compiled kernel; launching it does nothing."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *args: Any) -> None:
-        return None
-
-    def run(self, *args: Any) -> None:
-        return None
-
-
-class _Driver:
-    """The part of a Triton driver that a launch asks for."""
-
-    device = "host-cost"
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def stand_in(name: str = "sm_90") -> Iterator[None]:
-    """Inside, tensors on the CPU take the kernels' path as on the GPU `name`, and no kernel runs: results are not set."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
+    """Inside, CPU tensors take the kernels' path as on the GPU `name`; nothing is compiled or run."""
+    from triton.compiler import CompiledKernel
 
-    from fastformer.kernels import targets
-    from fastformer.ops import backend
+    from bench.standin import standing_in
 
-    # All of them before the patch: what is imported inside would keep it.
+    # All of them before: what is imported inside would be made for the interpreter.
     for package in ("fastformer.ops", "fastformer.kernels"):
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             importlib.import_module(module.name)
-    met: list[Any] = []
+    functions = []
 
-    def compile_nothing(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> _Kernel:
-        kernel = self.device_caches[device][0][key] = _Kernel()
-        met.append(self)
+    def compile_nothing(source: Any, **_: Any) -> CompiledKernel:
+        functions.append(source.fn)
+        kernel = object.__new__(CompiledKernel)
+        kernel.src, kernel.module, kernel.function, kernel.packed_metadata = source, object(), object(), object()
+        kernel.name, kernel._run = "nothing", lambda *args: None
         return kernel
 
-    chosen, cuda = backend.backend_for, torch.device("cuda", 0)
-    users = [m for n, m in sys.modules.items() if n.startswith("fastformer") and hasattr(m, "backend_for")]
-    before = driver._active
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, driver, "_active", before)
-        driver.set_active(_Driver(targets.TARGETS[name]))
-        stack.enter_context(targets.assume(targets.TARGETS[name]))
-        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
-        for module in users:
-            stack.enter_context(mock.patch.object(module, "backend_for", lambda device: chosen(cuda)))
-        try:
+    try:
+        with mock.patch("triton.compiler.compile", compile_nothing), standing_in(name, record=False):
             yield
-        finally:
-            for kernel in met:
-                kernel.device_caches.pop(_Driver.device, None)
+    finally:
+        for function in functions:
+            function.device_caches.clear()
 
 
 def measure(

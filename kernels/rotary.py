@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program, target
 
 
@@ -46,6 +47,7 @@ def _turn_heads(
             tl.store(y + column[None, :], tl.load(x + column[None, :] * x_d, mask=rest), mask=rest)
 
 
+@launcher
 @triton.jit(do_not_specialize=["length", "positions"])
 def _rotate(
     Q, K, COS, SIN, POSITION, Q_OUT, K_OUT, length, positions, cos_p, sin_p,

@@ -71,6 +71,11 @@ def assume(target: Target) -> Iterator[None]:
         _assumed = before
 
 
+def assumed() -> bool:
+    """Whether `assume` is at work: launchers then compile for a device that is not there."""
+    return _assumed is not None
+
+
 def target_of(device: torch.device) -> Target:
     """The target that launchers compile for when their tensors are on `device`.
 
