@@ -40,10 +40,10 @@ _HIP = torch.version.hip is not None
 
 
 class _Launcher:
-    """A Triton kernel, launched as `kernel[grid](*tensors, *others, **launch_options)`.
+    """A Triton kernel, launched as `kernel[grid](*tensors, *others, **constants_and_launch_options)`.
 
-    All parameters of the kernel are passed by position. Its leading parameters with upper-case names take tensors or
-    None; the others take numbers, bools, strings, dtypes or None.
+    Its leading parameters with upper-case names take tensors or None, the others numbers, bools, strings, dtypes or
+    None. Tensors and numbers are passed by position, constants also by name.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -56,7 +56,7 @@ class _Launcher:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self.launch, grid)
 
-    def launch(self, grid: tuple[int, ...], *args: Any, **options: int) -> None:
+    def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         others = args[self.tensors :]
         key = (others, tuple(map(type, others)), tuple(options.items()))
         _launch(self, self.found, key, grid, args[: self.tensors], others, options)
@@ -65,7 +65,7 @@ class _Launcher:
 def launcher(kernel: Any) -> Any:
     """Decorator above `triton.jit` that makes repeated launches cheap; the kernel is launched as before.
 
-    Every parameter is passed by position; tensors come first, under upper-case names.
+    Tensors come first, under upper-case names; they and numbers are passed by position, constants also by name.
     """
     return _Launcher(kernel) if isinstance(kernel, JITFunction) else kernel
 
@@ -76,13 +76,13 @@ class Prepared:
     Args:
         kernel: as `launcher` returns it.
         grid: one to three ints.
-        others: every argument behind the tensors.
-        options: launch options (num_warps, …).
+        others: the arguments by position behind the tensors.
+        options: constants by name and launch options (num_warps, …).
     """
 
     __slots__ = ("found", "grid", "kernel", "options", "others")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, int]) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.others, self.options = kernel, grid, others, options
         self.found: dict[Any, Any] = {}
 
@@ -106,7 +106,7 @@ def _launch(
     grid: tuple[int, ...],
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> None:
     """Launch from `found` or for the first time; `kind` stands in the key for others and options."""
     jit, runtime = kernel.kernel, knobs.runtime
@@ -137,9 +137,10 @@ def _launch(
     if known is None:
         _first(kernel, found, key, grid, tensors, others, options)
         return
-    run, function, metadata = known
+    run, function, metadata, tail = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *others)
+    stream = active.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others, *tail)
 
 
 def _first(
@@ -149,13 +150,15 @@ def _first(
     grid: tuple[int, ...],
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> None:
     jit = kernel.kernel
-    wanted = kernel.tensors, len(jit.params) - kernel.tensors
-    if (len(tensors), len(others)) != wanted or any(isinstance(x, Tensor) for x in others):
+    # Parameters that come by name are constants, or the key would have to tell their types apart.
+    named = [p.name for p in jit.params[len(tensors) + len(others) :] if p.is_constexpr and p.name in options]
+    by_position = len(jit.params) - kernel.tensors - len(named)
+    if (len(tensors), len(others)) != (kernel.tensors, by_position) or any(isinstance(x, Tensor) for x in others):
         raise TypeError(
-            f"{jit.fn.__name__} takes {wanted[0]} tensors and then {wanted[1]} other arguments, all by position, "
+            f"{jit.fn.__name__} takes {kernel.tensors} tensors and then {by_position} other arguments by position, "
             f"got {len(tensors)} and {len(others)}"
         )
     compiled = jit[grid](*tensors, *others, **options)
@@ -163,4 +166,4 @@ def _first(
     if type(compiled) is CompiledKernel:
         if len(found) >= KEPT:
             found.clear()
-        found[key] = compiled.run, compiled.function, compiled.packed_metadata
+        found[key] = compiled.run, compiled.function, compiled.packed_metadata, tuple(options[name] for name in named)

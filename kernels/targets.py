@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a device: compared and hashed by identity, at every launch
 class Target:
     """One kind of device.
 

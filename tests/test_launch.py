@@ -156,6 +156,19 @@ def test_prepared_launches_follow_their_tensors(kernel, device):
     assert len(prepared.found) < 2 * len(tensors) ** 2 + 1
 
 
+def test_constants_by_name_count_like_those_by_position(kernel, device):
+    *given, n, flag = BASE.values()
+    for flag, n, _ in itertools.product((1, 2, 1.5, tl.float16), (16, 32), range(2)):
+        kernel[(1,)](*given, FLAG=flag, N=n, num_warps=8)
+        assert device.launches[-1][0] is chosen_by_triton([*given, n, flag], {"num_warps": 8})
+        assert device.launches[-1][3][-2:] == (n, flag)
+        kernel[(1,)](*given, n, FLAG=flag)
+        assert device.launches[-1][0] is chosen_by_triton([*given, n, flag], {})
+    assert len(kernel.found) == 16
+    with pytest.raises(TypeError, match="takes 2 tensors and then 3 other arguments by position"):
+        kernel[(1,)](*given[:-1], scale=2.0, N=n, FLAG=flag)
+
+
 def test_a_full_table_is_emptied(kernel, device):
     for rows in range(launch.KEPT + 10):
         kernel[(1,)](*{**BASE, "rows": rows + 2}.values())
@@ -206,7 +219,7 @@ def test_what_a_hook_refused_to_compile_is_not_kept(kernel, device):
 
 @pytest.mark.parametrize("args", [(tensor(), None), (None, None, tensor(), 1, 1.0, 16, 1), (None, None, 1, 1, 1.0, 16)])
 def test_arguments_out_of_place_are_refused(kernel, device, args):
-    with pytest.raises(TypeError, match=r"plain takes 2 tensors and then 5 other arguments"):
+    with pytest.raises(TypeError, match=r"plain takes 2 tensors and then 5 other arguments by position"):
         kernel[(1,)](*args)
 
 
