@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import launcher
+from fastformer.kernels.launch import Prepared, launcher
 from fastformer.kernels.targets import Target, target_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -109,11 +109,14 @@ def sum_partials(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]
     rows, n = partial.shape
     device = partial.device
     sums = [torch.empty_strided((n,), (1,), dtype=dtype, device=device) for dtype in dtypes]
-    _sum_partials[(cdiv(n, 32), len(sums))](
-        partial, sums[0], sums[-1], rows // len(sums), n, 64, 32,
-        **shape_of_program(target_of(device), 2048, 16, 128),
-    )  # fmt: skip
+    _sum_launch(target_of(device), rows, n, len(sums))(partial, sums[0], sums[-1])
     return sums
+
+
+@functools.lru_cache(maxsize=1024)
+def _sum_launch(aim: Target, rows: int, n: int, sums: int) -> Prepared:
+    shape = shape_of_program(aim, 2048, 16, 128)
+    return Prepared(_sum_partials, (cdiv(n, 32), sums), (rows // sums, n, 64, 32), shape)
 
 
 def target(tensor: Tensor) -> Target:
