@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import gc
@@ -20,6 +21,7 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,7 +32,6 @@ from bench.subjects import Subject, subjects
 
 LINKS = 16
 CALLS, ROUNDS = 20, 40
-TARGETS_US = {"forward": 15.0, "both": 25.0}
 
 
 class Empty(torch.autograd.Function):
@@ -77,7 +78,7 @@ def stand_in(name: str = "sm_90") -> Iterator[None]:
 
 def measure(
     names: list[str] | None = None, rounds: int = ROUNDS, device: torch.device | None = None
-) -> dict[str, dict]:
+) -> dict[str, dict[str, float]]:
     """Microseconds a call of every subject.
 
     Args:
@@ -87,7 +88,7 @@ def measure(
     Returns:
         {name: {"inference", "forward", "both", "stock_forward", "stock_both"}}: under no_grad; with a graph; forward
         and backward; and the last two for PyTorch's operators, whose kernels count on a CPU. "floor" is the empty
-        Function, "engine" {"both"} what was taken off.
+        Function, and its "engine" what was taken off every backward figure.
     """
     where = device or torch.device("cpu")
     inside: Callable[[], Any] = stand_in if where.type == "cpu" else contextlib.nullcontext
@@ -117,7 +118,7 @@ def measure(
         gc.enable()
     chain = best.pop(("floor", "chain")) / LINKS
     engine = best.pop(("floor", "single")) - chain
-    found: dict[str, dict] = {"engine": {"both": engine}, "floor": {"both": chain}}
+    found: dict[str, dict[str, float]] = {"floor": {"both": chain, "engine": engine}}
     for (name, kind), value in best.items():
         found.setdefault(name, {})[kind] = value - (engine if kind.endswith("both") else 0.0)
     return found
@@ -166,7 +167,24 @@ def _round(calls: dict[tuple[str, str], Callable[[], object]], best: dict[tuple[
         best[key] = min(best.get(key, taken), taken)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Measure on the CPU, through the stand-in, into the file that `fastformer bench report` reads."""
+    from bench.gpu.machine import this_machine
+    from bench.gpu.results import Results
+
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="host cost of every operator on the CPU")
+    parser.add_argument("folder", type=Path, help="where host-cost.json goes, for fastformer bench report")
+    parser.add_argument("--only", action="append", help="one operator (repeatable)")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name, row in measure(sys.argv[1:] or None).items():
+    kept = Results("host-cost", arguments.folder, this_machine(), fresh=True)
+    for name, row in measure(arguments.only).items():
+        kept.add(name, {"host_us": row})
         print(f"{name:28s}", "  ".join(f"{kind} {value:6.1f}" for kind, value in row.items()))
+    kept.complete = True
+    kept.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
