@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--peers-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patterns", nargs="+", default=list(VOCABULARIES), choices=list(VOCABULARIES))
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     lines = [
@@ -186,7 +187,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks = list(prepare(args.data / "text", Path(folder)))
         for pattern in args.patterns:
-            head = ["", f"## {pattern}", "", "| | " + " | ".join(PEERS) + " |", "|---" * (len(PEERS) + 1) + "|"]
+            head = [
+                "",
+                f"## {pattern}",
+                "",
+                "| | " + " | ".join(args.peers) + " |",
+                "|---" * (len(args.peers) + 1) + "|",
+            ]
             print("\n".join(head), flush=True)
             lines += head
             for name, task, source in tasks:
@@ -194,13 +201,13 @@ def main() -> None:
                     name in ADVERSARIAL and pattern != "cl100k"
                 ):
                     continue
-                rows: dict[str, list[list[float] | None]] = {peer: [] for peer in PEERS}
+                rows: dict[str, list[list[float] | None]] = {peer: [] for peer in args.peers}
                 vocab = args.data / "vocab" / f"{VOCABULARIES[pattern]}.tiktoken"
                 for _ in range(args.rounds):
-                    for peer in PEERS:
+                    for peer in args.peers:
                         rows[peer].append(measure(args.peers_python, peer, vocab, pattern, task, source))
                 size = source.stat().st_size
-                cells = [show(task, best(rows[peer]), size) for peer in PEERS]
+                cells = [show(task, best(rows[peer]), size) for peer in args.peers]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
         lines += linear(args, Path(folder))

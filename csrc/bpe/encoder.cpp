@@ -18,6 +18,7 @@ constexpr int kValidBits = 16;
 constexpr size_t kScanned = 16384;   // pretokens scanned at once; the scanners' window fits
 constexpr size_t kBatch = 192;       // pretokens whose cache entries are fetched before the first is needed
 constexpr size_t kMarks = 512;       // short texts that are looked up together
+constexpr size_t kMerged = 512;      // bytes of a pretoken for which merging beats making the trie
 constexpr uint32_t kElsewhere = 15;  // in place of a count
 
 // Whether the last two characters of the n bytes before `end` may have three bytes each, so that a cut is worth looking for.
@@ -321,7 +322,7 @@ size_t Encoder::encode_piece(const uint8_t* p, size_t n, IdBuffer& out) {
             return 1;
         }
     }
-    if (vocab_.monotone()) {
+    if (vocab_.monotone() && n > kMerged) {
         uint32_t* to = out.room(n);
         size_t count = longest_match(p, n, to);
         for (size_t i = 0; i < count; i++) to[i] = vocab_.external(to[i]);

@@ -9,7 +9,7 @@ namespace fastformer::bpe {
 
 class Lanes {
   public:
-    static constexpr size_t kLongest = 32;
+    static constexpr size_t kLongest = 64;
 
     struct Job {
         const uint8_t* data;
@@ -28,7 +28,7 @@ class Lanes {
             if (lane.step(pairs)) continue;
             uint32_t tokens[kLongest];
             size_t made = 0;
-            for (uint32_t alive = lane.alive; alive; alive &= alive - 1) tokens[made++] = lane.token[std::countr_zero(alive)];
+            for (uint64_t alive = lane.alive; alive; alive &= alive - 1) tokens[made++] = lane.token[std::countr_zero(alive)];
             done(lane.index, tokens, made);
             if (next < count)
                 lane.begin(pairs, jobs[next++]);
@@ -43,49 +43,53 @@ class Lanes {
 
     struct Lane {
         uint32_t token[kLongest];  // by the byte it begins at
-        int32_t order[kLongest];   // merged token << 5 | position, of the pair that begins there
-        uint32_t alive;            // the positions where tokens begin
+        int32_t order[kLongest];   // merged token << 6 | position, of the pair that begins there
+        uint64_t alive;            // the positions where tokens begin
         uint32_t merged, index;    // where the last merge was
-        bool fresh, is_long;
+        uint32_t span;             // positions in use, rounded up to 16, 32 or 64
+        bool fresh;
 
         void begin(const PairTable& pairs, const Job& job) {
             index = job.index;
-            alive = job.size == 32 ? ~0u : (1u << job.size) - 1;
+            alive = ~uint64_t{0} >> (64 - job.size);
             fresh = true;
-            is_long = job.size > 16;
-            for (size_t i = 0; i < (is_long ? 32 : 16); i++) order[i] = kNever;
+            span = job.size <= 16 ? 16 : job.size <= 32 ? 32 : 64;
+            for (size_t i = 0; i < span; i++) order[i] = kNever;
             for (uint32_t i = 0; i < job.size; i++) token[i] = job.data[i];
             for (uint32_t i = 0; i + 1 < job.size; i++) order[i] = entry(pairs.of_bytes(job.data[i], job.data[i + 1]), i);
         }
         // One merge; false where there is none left.
         bool step(const PairTable& pairs) {
             if (!fresh) {
-                uint32_t at = merged, low = alive & ((1u << at) - 1), high = alive & ~(1u << at) & ~((1u << at) - 1);
+                uint32_t at = merged;
+                uint64_t low = alive & before(at), high = alive & ~before(at + 1);
                 if (high) order[at] = entry(pairs.find(token[at], token[std::countr_zero(high)]), at);
                 if (low) {
-                    uint32_t left = 31 - static_cast<uint32_t>(std::countl_zero(low));
+                    uint32_t left = 63 - static_cast<uint32_t>(std::countl_zero(low));
                     order[left] = entry(pairs.find(token[left], token[at]), left);
                 }
             }
             int32_t best = kNever;
             for (size_t i = 0; i < 16; i++) best = order[i] < best ? order[i] : best;
-            if (is_long)
-                for (size_t i = 16; i < 32; i++) best = order[i] < best ? order[i] : best;
+            for (size_t k = 16; k < span; k += 16)
+                for (size_t i = k; i < k + 16; i++) best = order[i] < best ? order[i] : best;
             if (best == kNever) return false;
             fresh = false;
-            uint32_t at = merged = static_cast<uint32_t>(best) & 31;
-            uint32_t below = (1u << at) - 1, high = alive & ~below & ~(1u << at);
+            uint32_t at = merged = static_cast<uint32_t>(best) & 63;
+            uint64_t low = alive & before(at), high = alive & ~before(at + 1);
             uint32_t gone = static_cast<uint32_t>(std::countr_zero(high));
-            token[at] = static_cast<uint32_t>(best) >> 5;
-            alive &= ~(1u << gone);
+            token[at] = static_cast<uint32_t>(best) >> 6;
+            alive &= ~(uint64_t{1} << gone);
             order[at] = order[gone] = kNever;
             high &= high - 1;
             if (high) pairs.prefetch(token[at], token[std::countr_zero(high)]);
-            if (alive & below) pairs.prefetch(token[31 - std::countl_zero(alive & below)], token[at]);
+            if (low) pairs.prefetch(token[63 - std::countl_zero(low)], token[at]);
             return true;
         }
+        // Bits of the positions before `at`, which may be 64.
+        static uint64_t before(uint32_t at) { return at < 64 ? (uint64_t{1} << at) - 1 : ~uint64_t{0}; }
         static int32_t entry(uint32_t made, uint32_t at) {
-            return made == kNone ? kNever : static_cast<int32_t>(made << 5 | at);
+            return made == kNone ? kNever : static_cast<int32_t>(made << 6 | at);
         }
     };
 

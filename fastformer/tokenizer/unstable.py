@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 _WHOLE = resolve("whole").number or 0
 
 
-def split(tokenizer: BPETokenizer, text: str, ids: list[int], tokens: list[bytes]) -> tuple[list[int], list[list[int]]]:
-    """The stable ids of `text`, whose ids are `ids`, and the completions of what is left.
+def split(tokenizer: BPETokenizer, ids: list[int], tokens: list[bytes]) -> tuple[list[int], list[list[int]]]:
+    """The stable ones of a text's ids, and the completions of what is left.
 
     Args:
         tokenizer: with a tiktoken vocabulary.
-        text: any.
-        ids: the text's ids, special tokens among them.
+        ids: the text's, special tokens among them.
         tokens: the bytes of the ordinary tokens, sorted.
     """
     engine = tokenizer._engine
