@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import backward_config
+from fastformer.kernels.attention.config import backward_config, wide_constants
 from fastformer.kernels.attention.score import (
     LOG2E,
     blank,
@@ -26,6 +26,7 @@ from fastformer.kernels.attention.score import (
     sound_rows,
     visible_keys,
 )
+from fastformer.kernels.attention.wide import wide_key, wide_query
 
 
 @triton.jit
@@ -371,6 +372,13 @@ def attention_backward(
     delta = torch.empty_like(lse)
     target = targets.target_of(query.device)
     by_row, by_key = backward_config(target, call)
+    query_kernel, query_constants, query_parts = _backward_query, call.constants, 1
+    key_kernel, key_constants, key_parts = _backward_key, call.constants, 1
+    if call.wide:
+        query_kernel, (query_constants, query_parts) = wide_query, wide_constants(target, call, call.head_dim)
+        key_kernel, (key_constants, key_parts) = (
+            wide_key, wide_constants(target, call, max(call.head_dim, call.value_dim)),
+        )  # fmt: skip
     tokens_q, tokens_k = (query.shape[0], key.shape[0]) if call.packed else (0, 0)
     l_sb, l_sh = (0, tokens_q) if call.packed else (call.heads * call.q_len, call.q_len)
     dl_strides: tuple[int, ...]
@@ -382,22 +390,22 @@ def attention_backward(
     batches = call.batch + call.packed
     if query.numel() or out.numel():
         tiles = max(1, triton.cdiv(call.q_len, by_row.block_m))
-        _backward_query[(tiles * call.heads * batches,)](
+        query_kernel[(query_parts * tiles * call.heads * batches,)](
             query, key, value, out, grad_out, lse, grad_lse, delta, dq, call.mask, call.slopes, call.seed,
             call.cu_q, call.cu_k,
             *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(out),
             *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_q, call.batch, *numbers,
-            **call.constants, **by_row.options(target),
+            **query_constants, **by_row.options(target),
         )  # fmt: skip
     if key.numel() or value.numel():
         tiles = max(1, triton.cdiv(call.k_len, by_key.block_n))
-        _backward_key[(tiles * call.kv_heads * batches,)](
+        key_kernel[(key_parts * tiles * call.kv_heads * batches,)](
             query, key, value, grad_out, lse, delta, dk, dv, call.mask, call.slopes, call.seed, call.cu_q, call.cu_k,
             *call.strides(query), *call.strides(key), *call.strides(value),
             *call.strides(grad_out), *call.strides(dk), *call.strides(dv), l_sb, l_sh,
             *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, tokens_k, call.batch, *numbers,
-            **call.constants, **by_key.options(target),
+            **key_constants, **by_key.options(target),
         )  # fmt: skip
     return dq, dk, dv, delta

@@ -77,6 +77,13 @@ class Call:
         self.rich = (
             mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
         )
+        # Head dimensions that a program cannot hold. fp32 products run without matrix units and hold a whole head
+        # dimension of both factors in registers.
+        ruled = mask is not None or slopes is not None or left >= 0 or right >= 0 or dropout_p > 0.0
+        longest = max(self.head_dim, self.value_dim)
+        self.wide = longest > (64 if query.dtype == torch.float32 else 256) and (
+            query.dtype == torch.float32 or longest > 512 or ruled or softcap != 0.0 or bottom_right
+        )
         self.constants: dict[str, Any] = {
             "GROUP": self.heads // max(1, self.kv_heads),
             "BOTTOM_RIGHT": bottom_right,

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import forward_config
+from fastformer.kernels.attention.config import forward_config, wide_constants
 from fastformer.kernels.attention.score import (
     LN2,
-    LOG2E,
     blank,
     kept_tile,
     key_range,
@@ -25,8 +24,10 @@ from fastformer.kernels.attention.score import (
     sequence,
     slope_of,
     sound_rows,
+    start_of_row,
     visible_keys,
 )
+from fastformer.kernels.attention.wide import wide_forward
 
 
 @triton.jit
@@ -50,16 +51,17 @@ def _walk(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
-        k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
+        k_place = K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :])
         v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
         inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
         if CHECK:
-            k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
+            k = tl.load(k_place, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         elif BLOCK_D == HEAD_DIM:
             k = tl.load(k_place)
         else:
-            k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
-        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            k = tl.load(k_place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        # Transposed here as in backward: the same product in the same order, or its rounding counts twice.
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SCAN:
             sound = sound_rows(v_place, inside[:, None] & (dv < VALUE_DIM)[None, :])
             qk = tl.where(sound[None, :], qk, float("nan"))
@@ -90,18 +92,6 @@ def _walk(
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         peak = new_peak
     return acc, peak, total
-
-
-@triton.jit
-def _start(SINKS, head, BLOCK_M: tl.constexpr):
-    """Running maximum (base 2) and sum of a row before its first key."""
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS is not None:
-        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-        peak = tl.zeros([BLOCK_M], tl.float32) + sink  # a NaN stays one
-        total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    return peak, total
 
 
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
@@ -162,7 +152,7 @@ def _forward(
         seed = tl.load(SEED)
     plane = batch * heads + head
 
-    peak, total = _start(SINKS, head, BLOCK_M)
+    peak, total = start_of_row(SINKS, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     ALIBI: tl.constexpr = SLOPES is not None
     last = tl.minimum(row_start + BLOCK_M, q_len) - 1
@@ -220,14 +210,17 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         return out, lse
     target = targets.target_of(query.device)
     config = forward_config(target, call)
+    kernel, constants, parts = _forward, call.constants, 1
+    if call.wide:
+        kernel, (constants, parts) = wide_forward, wide_constants(target, call, call.value_dim)
     tiles = max(1, triton.cdiv(call.q_len, config.block_m))
     o_sb, o_sh, o_st = call.strides(out)
     l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    _forward[(tiles * call.heads * (call.batch + call.packed),)](
+    kernel[(parts * tiles * call.heads * (call.batch + call.packed),)](
         query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k,
         *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
         *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
         *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        **call.constants, **config.options(target),
+        **constants, **config.options(target),
     )  # fmt: skip
     return out, lse

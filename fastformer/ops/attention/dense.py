@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
         window: (left, right), how many keys are visible on either side of i (+ Sk - Sq for "bottom-right"); None or -1
             for no limit.
         softcap: scores become softcap * tanh(scores / softcap).
-        alibi_slopes: (H,) or (B, H).
+        alibi_slopes: (H,) or (B, H); get a gradient.
         sinks: (H,), one more logit in every row's denominator (gpt-oss).
         return_lse: also return the log-sum-exp of every row's scores (sinks included), (B, H, Sq) in fp32,
             differentiable; -inf where a row has nothing to attend to.
@@ -94,8 +94,7 @@ def scaled_dot_product_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backend_for(query.device) == "triton":
-        grad = torch.is_grad_enabled()
-        reason = kernel.why_not(query, value, options, attn_mask, alibi_slopes, grad)
+        reason = kernel.why_not(query, value, key, attn_mask, alibi_slopes, sinks)
         if reason is None:
             if dropout_seed is None and options.dropout_p:
                 dropout_seed = draw_seed(query.device)
