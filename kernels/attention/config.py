@@ -119,7 +119,7 @@ def chunked_constants(call: Call) -> dict[str, Any]:
 def wide_constants(target: Target, call: Call, columns: int) -> tuple[dict[str, Any], int]:
     """Constants of a kernel of `wide` whose outputs have so many columns, and how many programs share them."""
     if target.name == "interpreter":
-        chunk, wide = 16, 32
+        chunk, wide = 64, 128
     else:
         chunk, wide = (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[1:]
     parts = max(1, -(-columns // wide))

@@ -11,6 +11,7 @@ from fastformer.kernels.attention.backward import attention_backward
 from fastformer.kernels.attention.bias import attention_bias_gradient
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.forward import attention_forward
+from fastformer.kernels.attention.weights import attention_weights
 
 _PLAIN: dict[str, Any] = {
     "mask": None,
@@ -67,6 +68,9 @@ def _case(dim: int, dtype: torch.dtype, kind: str) -> Callable[[], None]:
             attention_bias_gradient(call, lse, delta, grad, (1, *call.mask.shape[1:]), False)
         if kind == "rich":
             attention_bias_gradient(call, lse, delta, grad, (1, call.heads, 1, 1), True)
+            attention_weights(call, lse, _meta(9, dtype=torch.int64), False)
+        if kind in ("packed", "padded"):
+            attention_weights(call, lse, None, True)
 
     return run
 

@@ -44,13 +44,21 @@ def varlen_reference(
     out, lse = attention_reference(
         padded_q, padded_k, padded_v, options, attn_mask, alibi_slopes, sinks, dropout_seed, lengths_q, lengths_k
     )
-    token = torch.arange(tokens_q, device=query.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
-    inside = (sequence < lengths_q.numel()).view(-1, 1)
-    sequence = sequence.clamp(max=max(0, lengths_q.numel() - 1))
-    place = (token - cu_seqlens_q[sequence]).clamp(max=max_seqlen_q - 1)
-    flat_out = torch.where(inside.unsqueeze(-1), out[sequence, :, place], 0.0)
-    return flat_out, torch.where(inside, lse[sequence, :, place], -torch.inf)
+    return (
+        unpad_packed(out, cu_seqlens_q, tokens_q, 0.0),
+        unpad_packed(lse.unsqueeze(-1), cu_seqlens_q, tokens_q, -torch.inf).squeeze(-1),
+    )
+
+
+def unpad_packed(x: Tensor, cu_seqlens: Tensor, tokens: int, behind: float) -> Tensor:
+    """(B, H, longest, D) -> (T, H, D), `behind` for tokens after the last boundary; B and longest at least 1."""
+    batch, _, longest, _ = x.shape
+    token = torch.arange(tokens, device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    inside = (sequence < batch).view(-1, 1, 1)
+    sequence = sequence.clamp(max=batch - 1)
+    place = (token - cu_seqlens[sequence]).clamp(max=longest - 1)
+    return torch.where(inside, x[sequence, :, place], behind)
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,9 @@ from fastformer.ops.attention.options import (
     check_mask,
     read_options,
 )
-from fastformer.ops.attention.packed_reference import pad_packed
-from fastformer.ops.attention.reference import attention_scores, finite
+from fastformer.ops.attention.weights_reference import Places, weights_gradients, weights_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.operator import Kernel, Operator
-from fastformer.ops.random import keep_scale, philox_keep
 from fastformer.ops.validate import FLOATS, check_tensor
 
 
@@ -104,109 +101,11 @@ def attention_weights(
 
 
 def _composed(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    rows: Tensor | None,
-    average: bool,
-    *numbers: Any,
-) -> Tensor:
-    """The maps in differentiable PyTorch operations."""
-    places = _Places(cu_q, cu_k, max_q, max_k, rows, seed, Options(*numbers))
-    query, key, lse = places.dense(query, key, lse)
-    heads = query.shape[1]
-    shape = (query.shape[0], query.shape[2] if rows is None else rows.numel(), key.shape[2])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    parts = [_head(head, heads, _inputs(head, (query, key, lse, mask, slopes)), places) for head in range(heads)]
-    if not parts:
-        return query.new_zeros(shape if average else (shape[0], 0, *shape[1:]), dtype=dtype)
-    if not average:
-        return torch.cat(parts, 1)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.squeeze(1) / heads
-
-
-class _Places:
-    """What all heads of a call share."""
-
-    def __init__(
-        self,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        max_q: int,
-        max_k: int,
-        rows: Tensor | None,
-        seed: Tensor | None,
-        options: Options,
-    ) -> None:
-        self.cu_q, self.cu_k, self.max_q, self.max_k = cu_q, cu_k, max_q, max_k
-        self.rows, self.seed, self.options = rows, seed, options
-
-    def dense(self, query: Tensor, key: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, H, Sq, D), (B, Hk, Sk, D) and (B, H, Sq) of packed tensors, padded; dense ones as they are."""
-        if self.cu_q is None or self.cu_k is None:
-            return query, key, lse
-        return (
-            pad_packed(query, self.cu_q, self.max_q),
-            pad_packed(key, self.cu_k, self.max_k),
-            pad_packed(lse.unsqueeze(-1), self.cu_q, self.max_q).squeeze(-1),
-        )
-
-
-def _inputs(head: int, whole: Sequence[Any]) -> list[Any]:
-    """One head's part of (query, key, lse, mask or None, slopes or None)."""
-    query, key, lse, mask, slopes = whole
-    one = slice(head, head + 1)
-    shared = head // (query.shape[1] // max(1, key.shape[1]))
-    return [
-        query[:, one],
-        key[:, shared : shared + 1],
-        lse[:, one],
-        mask if mask is None or mask.shape[1] == 1 else mask[:, one],
-        None if slopes is None else slopes[..., one],
-    ]
-
-
-def _head(head: int, heads: int, inputs: Sequence[Any], places: _Places) -> Tensor:
-    """The map (B, 1, R, Sk) of one head, from what `_inputs` returns."""
-    query, key, lse, mask, slopes = inputs
-    options, batch, length = places.options, query.shape[0], query.shape[2]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    row = torch.arange(length, device=query.device) if places.rows is None else places.rows
-    there = ((row >= 0) & (row < length)).view(-1, 1)
-    if places.rows is not None and length:
-        index = row.clamp(0, length - 1)
-        query, lse = query.index_select(2, index), lse.index_select(2, index)
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.index_select(2, index)
-    elif places.rows is not None:
-        return query.new_zeros((batch, 1, row.numel(), key.shape[2]), dtype=dtype)
-    q, bad_q = finite(query.to(dtype))
-    k, bad_k = finite(key.to(dtype))
-    ends_q, ends_k = (None if cu is None else cu.diff() for cu in (places.cu_q, places.cu_k))
-    scores = attention_scores(q, k, options, mask, slopes, ends_q, ends_k, (bad_q, bad_k), row, length)
-    norm = lse.to(dtype).unsqueeze(-1)
-    hidden = (scores == -torch.inf) | (norm == -torch.inf) | ~there
-    # Finite stand-ins: the derivative of what is selected away must be a number too.
-    difference = torch.where(hidden, 0.0, scores) - torch.where(norm == -torch.inf, 0.0, norm)
-    weights = torch.where(hidden, 0.0, torch.exp(torch.where(hidden, 0.0, difference)))
-    if options.dropout_p and places.seed is not None:
-        plane = (torch.arange(batch, device=query.device) * heads + head).view(-1, 1, 1, 1)
-        column = torch.arange(key.shape[2], device=query.device)
-        keep = philox_keep(
-            places.seed.reshape(()), column, row.clamp(min=0).view(-1, 1), plane, options.dropout_p, draws=4
-        )
-        weights = torch.where(keep, weights * keep_scale(options.dropout_p), 0.0)
-    return weights
+    query: Tensor, key: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int,
+    mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, rows: Tensor | None, average: bool, *numbers: Any,
+) -> Tensor:  # fmt: skip
+    places = Places(cu_q, cu_k, max_q, max_k, rows, seed, Options(*numbers))
+    return weights_reference(query, key, lse, mask, slopes, average, places)
 
 
 def _forward(
@@ -233,9 +132,7 @@ def _forward(
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
     if backend_for(query.device) != "triton" or query.dtype not in FLOATS or query.shape[-1] == 0:
         with torch.no_grad():
-            return _composed(
-                query, key, lse, cu_q, cu_k, max_q, max_k, mask, slopes, seed, rows, average, *numbers
-            )  # fmt: skip
+            return _composed(query, key, lse, cu_q, cu_k, max_q, max_k, mask, slopes, seed, rows, average, *numbers)
     from fastformer.kernels.attention.weights import attention_weights as launch
 
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
@@ -282,33 +179,10 @@ def _backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, lse, mask and slopes, the last two empty unless asked for."""
-    options = Options(dropout_p, causal, scale, bottom_right, left, right, softcap)
-    places = _Places(cu_q, cu_k, max_q, max_k, rows, seed, options)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, lse)]
-        padded = places.dense(*leaves)
-    whole: list[Any] = [*(x.detach() for x in padded), mask, slopes]
-    wanted = [True, True, True, of_mask, of_slopes]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    sums: list[Any] = [
-        torch.zeros(x.shape, dtype=wide, device=x.device) if w else None for x, w in zip(whole, wanted, strict=True)
-    ]
-    heads = padded[0].shape[1]
-    for head in range(heads):
-        own = [x.detach().requires_grad_() if w else x for x, w in zip(_inputs(head, whole), wanted, strict=True)]
-        asked = [x for x, w in zip(own, wanted, strict=True) if w]
-        with torch.enable_grad():
-            part = _head(head, heads, own, places)
-        sent = grad.unsqueeze(1) / heads if average else grad[:, head : head + 1]
-        found = torch.autograd.grad(part, asked, sent, allow_unused=True) if part.requires_grad else ()
-        # The same part of the sums as of the tensors.
-        for total, share in zip((x for x in _inputs(head, sums) if x is not None), found, strict=False):
-            if share is not None:
-                total += share
-    sums = [x if x is None else x.to(y.dtype) for x, y in zip(sums, whole, strict=True)]
-    if cu_q is not None:
-        sums[:3] = torch.autograd.grad(padded, leaves, sums[:3])
-    dq, dk, dlse, dmask, dslopes = (query.new_empty(0) if x is None else x for x in sums)
+    numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
+    places = Places(cu_q, cu_k, max_q, max_k, rows, seed, Options(*numbers))
+    found = weights_gradients(query, key, lse, mask, slopes, grad, average, of_mask, of_slopes, places)
+    dq, dk, dlse, dmask, dslopes = (query.new_empty(0) if x is None else x for x in found)
     return dq, dk, dlse, dmask, dslopes
 
 
