@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import chunked_constants, map_config
 from fastformer.kernels.attention.score import (
@@ -23,12 +22,16 @@ from fastformer.kernels.attention.score import (
     sequence,
     slope_of,
 )
+from fastformer.kernels.launch import launcher
+from fastformer.kernels.rows import cdiv
+from fastformer.kernels.targets import target_of
 
 
+@launcher
 @triton.jit(
     do_not_specialize=[
-        "own_heads", "own_rows", "own_columns", "loop_heads", "loop_rows", "loop_columns", "loops", "share", "heads",
-        "q_len", "k_len", "batches", "left", "right", "threshold", "l_sb", "l_sh", "g_s", "g_b", "g_h", "g_q",
+        "owned", "own_heads", "own_rows", "own_columns", "loop_heads", "loop_rows", "loop_columns", "loops", "share",
+        "heads", "q_len", "k_len", "batches", "left", "right", "threshold", "l_sb", "l_sh", "g_s", "g_b", "g_h", "g_q",
     ]
 )  # fmt: skip
 def _bias_gradient(
@@ -37,11 +40,10 @@ def _bias_gradient(
     mask_b, mask_h, mask_q, mask_k, slope_b, g_s, g_b, g_h, g_q,
     owned, own_heads, own_rows, own_columns, loop_heads, loop_rows, loop_columns, loops, share,
     heads, q_len, k_len, batches, scale_in, scale_out, left, right, threshold, keep_scale,
-    OF_SLOPES: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    head_dim, value_dim, OF_SLOPES: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, head_dim,
-    value_dim, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sum of one share of what one tile of the gradient collects.
 
@@ -146,9 +148,9 @@ def attention_bias_gradient(
     """
     source = call.slopes if of_slopes else call.mask
     assert source is not None
-    target = targets.target_of(call.query.device)
+    target = target_of(call.query.device)
     config, chunk = map_config(target, call)
-    all_rows, all_columns = (triton.cdiv(call.q_len, config.block_m), triton.cdiv(call.k_len, config.block_n))
+    all_rows, all_columns = (cdiv(call.q_len, config.block_m), cdiv(call.k_len, config.block_n))
     full = (call.batch, call.heads, all_rows, all_columns)
     own = [1 if size == 1 else tiles for size, tiles in zip(shape, full, strict=True)]
     loop = [tiles if size == 1 else 1 for size, tiles in zip(shape, full, strict=True)]
@@ -156,8 +158,8 @@ def attention_bias_gradient(
     if owned * loops == 0:
         return torch.zeros(shape, dtype=source.dtype, device=source.device)
     # Enough programs for the device, of which none goes empty.
-    share = triton.cdiv(loops, max(1, min(loops, 4 * target.multiprocessors // owned)))
-    splits = triton.cdiv(loops, share)
+    share = cdiv(loops, max(1, min(loops, 4 * target.multiprocessors // owned)))
+    splits = cdiv(loops, share)
     grad = torch.empty(
         (splits, *shape), dtype=source.dtype if splits == 1 else torch.float32, device=source.device
     )  # fmt: skip
@@ -170,7 +172,7 @@ def attention_bias_gradient(
         *call.strides(grad_out), l_sb, l_sh, *call.mask_strides, call.slope_stride, *grad.stride()[:4],
         owned, own[1], own[2], own[3], loop[1], loop[2], loop[3], loops, share,
         call.heads, call.q_len, call.k_len, call.batch, *call.scales, call.left, call.right, call.threshold,
-        call.keep_scale, OF_SLOPES=of_slopes, BY_ROW=shape[2] != 1, BY_COLUMN=shape[3] != 1,
-        **constants, CHUNK=chunk, **config.options(target),
+        call.keep_scale, call.head_dim, call.value_dim, OF_SLOPES=of_slopes, BY_ROW=shape[2] != 1,
+        BY_COLUMN=shape[3] != 1, **constants, CHUNK=chunk, **config.options(target),
     )  # fmt: skip
     return grad[0] if splits == 1 else grad.sum(0).to(source.dtype)

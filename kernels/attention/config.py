@@ -112,8 +112,7 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
 def chunked_constants(call: Call) -> dict[str, Any]:
     """Constants of the kernels that walk over the head dimension in chunks. It is no constant there: unrolled, the loop
     would load whole rows ahead and spill."""
-    constants = {name: x for name, x in call.constants.items() if not name.endswith(("_DIM", "BLOCK_D", "BLOCK_V"))}
-    return constants | {"head_dim": call.head_dim, "value_dim": call.value_dim}
+    return {name: x for name, x in call.constants.items() if not name.endswith(("_DIM", "BLOCK_D", "BLOCK_V"))}
 
 
 def wide_constants(target: Target, call: Call, columns: int) -> tuple[dict[str, Any], int]:

@@ -7,12 +7,13 @@ Dao et al. 2022).
   left unread, and the scores of the rows that do see them turn to NaN instead.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import forward_config, wide_constants
 from fastformer.kernels.attention.score import (
@@ -28,6 +29,9 @@ from fastformer.kernels.attention.score import (
     visible_keys,
 )
 from fastformer.kernels.attention.wide import wide_forward
+from fastformer.kernels.launch import launcher
+from fastformer.kernels.rows import cdiv
+from fastformer.kernels.targets import target_of
 
 
 @triton.jit
@@ -51,17 +55,16 @@ def _walk(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
-        k_place = K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :])
+        k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
         v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
         inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
         if CHECK:
-            k = tl.load(k_place, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+            k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
         elif BLOCK_D == HEAD_DIM:
             k = tl.load(k_place)
         else:
-            k = tl.load(k_place, mask=(d < HEAD_DIM)[None, :], other=0.0)
-        # Transposed here as in backward: the same product in the same order, or its rounding counts twice.
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
+        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SCAN:
             sound = sound_rows(v_place, inside[:, None] & (dv < VALUE_DIM)[None, :])
             qk = tl.where(sound[None, :], qk, float("nan"))
@@ -94,6 +97,7 @@ def _walk(
     return acc, peak, total
 
 
+@launcher
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
@@ -208,19 +212,27 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    target = targets.target_of(query.device)
-    config = forward_config(target, call)
-    kernel, constants, parts = _forward, call.constants, 1
-    if call.wide:
-        kernel, (constants, parts) = wide_forward, wide_constants(target, call, call.value_dim)
-    tiles = max(1, triton.cdiv(call.q_len, config.block_m))
-    o_sb, o_sh, o_st = call.strides(out)
-    l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    kernel[(parts * tiles * call.heads * (call.batch + call.packed),)](
-        query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k,
-        *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
-        *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
-        *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        **constants, **config.options(target),
-    )  # fmt: skip
+
+    def prepare() -> tuple[Any, ...]:
+        target = target_of(query.device)
+        config = forward_config(target, call)
+        tiles = max(1, cdiv(call.q_len, config.block_m))
+        l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
+        numbers = (
+            *call.strides(query), *call.strides(call.key), *call.strides(value), *call.strides(out), l_sb, l_sh,
+            *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
+            *call.scales, call.left, call.right, call.threshold, call.keep_scale,
+        )  # fmt: skip
+        programs = tiles * call.heads * (call.batch + call.packed)
+        if call.wide:
+            constants, parts = wide_constants(target, call, call.value_dim)
+            numbers = (*numbers, call.head_dim, call.value_dim)
+            return wide_forward, (parts * programs,), numbers, {**constants, **config.options(target)}
+        return _forward, (programs,), numbers, {**call.constants, **config.options(target)}
+
+    call.launch(
+        "forward",
+        (query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k),
+        prepare,
+    )
     return out, lse

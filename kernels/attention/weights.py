@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import chunked_constants, map_config
 from fastformer.kernels.attention.score import LOG2E, kept_rows, product, score_tile, sequence, slope_of
+from fastformer.kernels.launch import launcher
+from fastformer.kernels.rows import cdiv
+from fastformer.kernels.targets import target_of
 
 
+@launcher
 @triton.jit(
     do_not_specialize=[
         "tiles_m", "tiles_n", "heads", "q_len", "k_len", "count", "width", "batches", "left", "right", "threshold",
@@ -22,10 +25,10 @@ def _weights(
     Q, K, LSE, ROWS, OUT, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, l_sb, l_sh, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles_m, tiles_n, heads, q_len, k_len, count, width, batches, scale_in, scale_out, left, right, threshold,
-    keep_scale, share,
+    keep_scale, share, head_dim,
     AVERAGE: tl.constexpr, GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    head_dim, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows and BLOCK_N columns of one head's map, or of the average of all.
@@ -108,23 +111,23 @@ def attention_weights(call: Call, lse: Tensor, rows: Tensor | None, average: boo
         fp32 (B, R, Sk), or (B, H, R, Sk) without average; packed: R and Sk are the longest lengths, 0 behind each
         sequence's end.
     """
-    target = targets.target_of(call.query.device)
+    target = target_of(call.query.device)
     config, chunk = map_config(target, call)
     count = call.q_len if rows is None else rows.shape[0]
     shape = (call.batch, count, call.k_len) if average else (call.batch, call.heads, count, call.k_len)
     out = torch.empty(shape, dtype=torch.float32, device=call.query.device)
     if out.numel() == 0:
         return out
-    tiles_m, tiles_n = triton.cdiv(count, config.block_m), triton.cdiv(call.k_len, config.block_n)
+    tiles_m, tiles_n = cdiv(count, config.block_m), cdiv(call.k_len, config.block_n)
     tokens = call.query.shape[0] if call.packed else 0
     l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    constants = {k: v for k, v in chunked_constants(call).items() if k not in ("KEY_MASK", "value_dim")}
+    constants = {k: v for k, v in chunked_constants(call).items() if k != "KEY_MASK"}
     planes = call.batch if average else call.batch * call.heads
     _weights[(planes * tiles_m * tiles_n,)](
         call.query, call.key, lse, rows, out, call.mask, call.slopes, call.seed, call.cu_q, call.cu_k,
         *call.strides(call.query), *call.strides(call.key), l_sb, l_sh, *call.mask_strides, call.slope_stride,
         tiles_m, tiles_n, call.heads, call.q_len, call.k_len, count, call.k_len, call.batch, *call.scales,
-        call.left, call.right, call.threshold, call.keep_scale, 1.0 / call.heads if average else 1.0,
+        call.left, call.right, call.threshold, call.keep_scale, 1.0 / call.heads if average else 1.0, call.head_dim,
         AVERAGE=average, **constants, CHUNK=chunk, **config.options(target),
     )  # fmt: skip
     return out

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastformer.ops.validate import check_probability, check_tensor
 
@@ -58,6 +61,40 @@ class Options:
     def banded(self) -> bool:
         """Whether the place (i, j) alone can hide a key: causal or window."""
         return self.is_causal or self.has_window
+
+
+_passed: dict[Any, Options] = {}
+
+
+def once(check: Callable[[], Options], tensors: tuple[object, ...], numbers: tuple[Any, ...]) -> Options:
+    """check(), or what it said of an earlier call of the same kind: checks cost more than a launch.
+
+    Args:
+        check: looks at nothing but the tensors' shapes, dtypes and devices, and the numbers.
+        tensors: the call's tensor arguments; anything but plain tensors and None is checked each time.
+        numbers: its other arguments, with what tells apart different checks.
+    """
+    if torch.compiler.is_compiling():
+        return check()
+    kind: list[Any] = [numbers]
+    for x in tensors:
+        if x is None:
+            kind.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:
+            kind.append((x.shape, x.dtype, x.device))
+        else:
+            return check()
+    try:
+        key = tuple(kind)
+        found = _passed.get(key)
+    except TypeError:  # a list for the window
+        return check()
+    if found is None:
+        found = check()
+        if len(_passed) >= 256:
+            _passed.clear()
+        _passed[key] = found
+    return found
 
 
 def read_options(
@@ -179,12 +216,9 @@ def check_mask(attn_mask: Tensor | None, query: Tensor, shape: tuple[int, int, i
 
 
 def check_boundaries(
-    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+    query: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> int:
-    """Check the boundaries of packed sequences, their values where reading them does not wait for a device.
-
-    Returns:
-        the number of sequences.
+    """Check shapes and dtypes of packed sequences' boundaries; returns the number of sequences.
 
     Raises:
         TypeError, ValueError: the message names the argument.
@@ -201,19 +235,28 @@ def check_boundaries(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(longest, Tensor) or longest < 0:
             raise ValueError(f"{name} must be an int >= 0, got {longest!r}")
-    if query.device.type == "cpu" and type(cu_seqlens_q) is Tensor and not torch.compiler.is_compiling():
-        for which, cu, longest, tokens in (
-            ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
-            ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
-        ):
-            bounds = cu.tolist()
-            lengths = [b - a for a, b in itertools.pairwise(bounds)]
-            if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
-                raise ValueError(
-                    f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
-                )
-            if max(lengths, default=0) > longest:
-                raise ValueError(
-                    f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}"
-                )
     return cu_seqlens_q.shape[0] - 1
+
+
+def check_boundary_values(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """Check the boundaries' values where reading them does not wait for a device: on the CPU, in eager mode.
+
+    Raises:
+        ValueError: they do not fit the tensors or the longest lengths.
+    """
+    if query.device.type != "cpu" or type(cu_seqlens_q) is not Tensor or torch.compiler.is_compiling():
+        return
+    for which, cu, longest, tokens in (
+        ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
+        ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
+    ):
+        bounds = cu.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
+            )
+        if max(lengths, default=0) > longest:
+            raise ValueError(f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}")

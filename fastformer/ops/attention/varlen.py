@@ -9,9 +9,11 @@ from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import (
     Options,
     check_boundaries,
+    check_boundary_values,
     check_extras,
     check_heads,
     check_mask,
+    once,
     read_options,
 )
 from fastformer.ops.attention.packed_cpu import packed_cpu
@@ -68,12 +70,33 @@ def attention_varlen(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    check_tensor("query", query, ndim=3)
-    check_heads(query, key, value, 1, enable_gqa)
-    options = read_options(query.shape[-1], dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    batch = check_boundaries(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_extras(query, query.shape[1], batch, alibi_slopes, sinks, dropout_seed)
-    check_mask(attn_mask, query, (batch, query.shape[1], max_seqlen_q, max_seqlen_k))
+
+    def check() -> Options:
+        check_tensor("query", query, ndim=3)
+        check_heads(query, key, value, 1, enable_gqa)
+        options = read_options(query.shape[-1], dropout_p, is_causal, scale, causal_alignment, window, softcap)
+        batch = check_boundaries(query, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        check_extras(query, query.shape[1], batch, alibi_slopes, sinks, dropout_seed)
+        check_mask(attn_mask, query, (batch, query.shape[1], max_seqlen_q, max_seqlen_k))
+        return options
+
+    options = once(
+        check,
+        (query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, alibi_slopes, sinks, dropout_seed),
+        (
+            "packed",
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_alignment,
+            window,
+            softcap,
+        ),
+    )
+    check_boundary_values(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

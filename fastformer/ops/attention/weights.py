@@ -11,6 +11,7 @@ from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import (
     Options,
     check_boundaries,
+    check_boundary_values,
     check_extras,
     check_heads,
     check_mask,
@@ -71,7 +72,8 @@ def attention_weights(
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k must both be given or both be None")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        batch = check_boundaries(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        batch = check_boundaries(query, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        check_boundary_values(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         lengths = (max_seqlen_q, max_seqlen_k)
         shape: tuple[int, ...] = (query.shape[0], heads)
     else:
