@@ -179,3 +179,38 @@ def test_bad_input_is_named(device):
         attention_weights(query, query, lse, rows=torch.zeros(2))
     with pytest.raises(ValueError, match="must both be given"):
         attention_weights(query[0].transpose(0, 1), query[0].transpose(0, 1), lse[0].t(), cu_seqlens_q=bounds)
+
+
+def test_multihead_attention_trains_through_its_weights(device, interpreting):
+    """The module's own path around these maps; where the kernels run."""
+    if device.type == "cpu" and not interpreting:
+        pytest.skip("torch.nn's own path runs there")
+    from fastformer import nn as fnn
+
+    torch.manual_seed(0)
+    stock = torch.nn.MultiheadAttention(16, 2, batch_first=True).to(device)
+    ours = fnn.MultiheadAttention(16, 2, batch_first=True).to(device)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(2, 9, 16, device=device)
+    padding = torch.arange(9, device=device) >= torch.tensor([[9], [6]], device=device)
+    fnn.reset_count()
+    results = []
+    for module in (stock, ours):
+        out, weights = module(x, x, x, key_padding_mask=padding)
+        loss = out.square().sum() + weights.square().sum()
+        results.append((out, weights, *torch.autograd.grad(loss, list(module.parameters()))))
+    assert fnn.count().fused
+    assert not fnn.count().fallback
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    ours.dropout = 0.5
+    value = torch.eye(9, device=device).expand(2, 9, 9)
+    with torch.no_grad():
+        identity = torch.eye(16, device=device)
+        ours.in_proj_weight[32:], ours.out_proj.weight[:] = identity, identity
+        ours.in_proj_bias[32:], ours.out_proj.bias[:] = 0.0, 0.0
+        padded = torch.nn.functional.pad(value, (0, 7))
+        out, weights = ours(x, x, padded, average_attn_weights=False)
+    # With one-hot values the output of a head is what dropout left of its weights.
+    torch.testing.assert_close(out[..., :8], weights[:, 0, :, :8], rtol=1e-5, atol=1e-6)
+    assert 0.2 < (weights == 0).float().mean() < 0.8
