@@ -166,7 +166,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if need_weights:
             # torch.nn returns what dropout left of the weights.
             seed = draw_seed(q.device) if dropout_p else None
-            rules: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout_p, "dropout_seed": seed}
+            rules: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": is_causal,
+                "dropout_p": dropout_p,
+                "dropout_seed": seed,
+            }
             out, lse = ops.scaled_dot_product_attention(q, k, v, return_lse=True, **rules)
             weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **rules).to(out.dtype)
         else:

@@ -112,7 +112,9 @@ def scaled_dot_product_attention(
             return (out, lse) if return_lse else out
         kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
-    if not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask):
+    stock = not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask)
+    # PyTorch's fused operators have no forward-mode derivative.
+    if stock and not kernel.has_tangent(query, key, value, attn_mask):
         return _stock(query, key, value, options, attn_mask)
     out, lse = attention_reference(query, key, value, options, attn_mask, *extras)
     return (out, lse) if return_lse else out

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fastformer.ops.attention.options import Options
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.attention.reference import attention_reference
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, differentiate
 from fastformer.ops.random import dropout_threshold
 from fastformer.ops.validate import FLOATS
 
@@ -273,21 +273,20 @@ def _run_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
 
 def _run_second(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The first derivative again, from PyTorch's operations, so that it has a derivative of its own."""
-    say_once("a second derivative")
     query, key, value, cu_q, cu_k, mask, slopes, sinks, seed, _out, _lse = ctx.saved_tensors
     max_q, max_k, *numbers = ctx.numbers
     options = Options(*numbers)
-    if cu_q is None:
-        out, lse = attention_reference(query, key, value, options, mask, slopes, sinks, seed)
-    else:
+
+    def reference(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if cu_q is None:
+            return attention_reference(query, key, value, options, mask, slopes, sinks, seed)
         out, lse = varlen_reference(query, key, value, cu_q, cu_k, max_q, max_k, options, mask, slopes, sinks, seed)
-        lse = lse.t()
-    inputs = (query, key, value, mask, slopes, sinks)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    pairs = [(o, g) for o, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
-    outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    dq, dk, dv, *extras = (next(found) if x is not None and x.requires_grad else None for x in inputs)
+        return out, lse.t()
+
+    tensors = (query, key, value, mask, slopes, sinks)
+    dq, dk, dv, *extras = differentiate("attention", reference, tensors, (grad_out, grad_lse))
     return dq, dk, dv, *[None] * 4, *extras, *[None] * 8
 
 

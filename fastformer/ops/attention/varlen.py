@@ -122,7 +122,8 @@ def attention_varlen(
             return (out, lse) if return_lse else out
         kernel.say_once(reason)
     extras = (attn_mask, alibi_slopes, sinks, dropout_seed)
-    if query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras):
+    short = query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras)
+    if short and not kernel.has_tangent(query, key, value):
         seed = draw_seed(query.device) if dropout_p else None
         # Under autocast PyTorch would round the fp32 scores inside to half precision.
         with torch.autocast("cpu", enabled=False):

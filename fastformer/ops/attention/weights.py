@@ -19,7 +19,7 @@ from fastformer.ops.attention.options import (
 )
 from fastformer.ops.attention.weights_reference import Places, weights_gradients, weights_reference
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, differentiate
 from fastformer.ops.validate import FLOATS, check_tensor
 
 
@@ -215,14 +215,15 @@ def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    kernel.say_once("a second derivative")
     query, key, lse, cu_q, cu_k, mask, slopes, seed, rows = ctx.saved_tensors
-    max_q, max_k, *numbers = ctx.numbers
-    out = _composed(query, key, lse, cu_q, cu_k, max_q, max_k, mask, slopes, seed, rows, *numbers)
-    inputs = (query, key, lse, mask, slopes)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
-    dq, dk, dlse, dmask, dslopes = (next(found) if x is not None and x.requires_grad else None for x in inputs)
+    max_q, max_k, average, *numbers = ctx.numbers
+    places = Places(cu_q, cu_k, max_q, max_k, rows, seed, Options(*numbers))
+
+    def reference(query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, slopes: Tensor | None) -> Tensor:
+        return weights_reference(query, key, lse, mask, slopes, average, places)
+
+    tensors = (query, key, lse, mask, slopes)
+    dq, dk, dlse, dmask, dslopes = differentiate("attention_weights", reference, tensors, (grad,))
     return dq, dk, dlse, *[None] * 4, dmask, dslopes, *[None] * 10
 
 
