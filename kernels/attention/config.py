@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import Target
 
 
@@ -98,3 +99,21 @@ def forward_config(target: Target, call: Call) -> Config:
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
     return _configs(target, call)[1:]
+
+
+# Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
+_DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+
+
+def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
+    """Tiles of attention over a cache.
+
+    Args:
+        width: the larger of the padded head dimensions.
+        rows: new tokens times query heads that share a key head.
+    """
+    if target.name == "interpreter":
+        return _INTERPRETER
+    most, *others = (_DECODE_SINGLE if dtype == torch.float32 else _DECODE)[max(64, width)]
+    return Config(min(max(16, power_of_two(rows)), most), *others)
