@@ -364,11 +364,11 @@ def _prepare(
     append = combine = None
     if k is not None and v is not None:
         block_h = min(power_of_two(kv_heads), max(1, 2048 // max(block_d, block_v)))
-        others = (
+        append_others = (
             *k.stride()[:3], *v.stride()[:3], *caches, table_stride, *angles[:2], new, kv_heads, capacity, angles[2],
         )  # fmt: skip
         grid = (batch * new, cdiv(kv_heads, block_h))
-        append = Prepared(_append, grid, others, {**sizes, **rotary, "BLOCK_H": block_h, "num_warps": 4})
+        append = Prepared(_append, grid, append_others, {**sizes, **rotary, "BLOCK_H": block_h, "num_warps": 4})
     if splits > 1:
         combine = prepare_combine(batch * q_len, heads, q_len, splits, value_dim)
     scales = (rules.scale / rules.softcap, rules.softcap * _LOG2E) if rules.softcap else (rules.scale * _LOG2E, 1.0)

@@ -11,7 +11,7 @@ from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import MAX_HEAD_DIM, Options, check_extras, check_heads, once, read_options
 from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel
+from fastformer.ops.operator import Kernel, kernels
 from fastformer.ops.rotary import rotary_reference
 from fastformer.ops.validate import FLOATS, check_tensor
 
@@ -127,10 +127,12 @@ def _run(
     options: Options,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, k, v, cos, sin, block_table = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, k, v, cos, sin, block_table)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    k, v, cos, sin, block_table = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (k, v, cos, sin, block_table)
     )
-    cache_seqlens, slopes, sinks = (None if x is None else x.contiguous() for x in (cache_seqlens, slopes, sinks))
+    slopes, sinks = (None if x is None else x.contiguous() for x in (slopes, sinks))
+    cache_seqlens = cache_seqlens.contiguous()
     rules = (options.is_causal, options.scale, options.left, options.right, options.softcap)
     if k is None:
         return _attend_kernel(query, k_cache, v_cache, cache_seqlens, block_table, slopes, sinks, *rules)
@@ -153,10 +155,9 @@ def _attend_only(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    from fastformer.kernels.attention.decode import Rules, attention_decode
-
-    rules = Rules(causal, scale, left, right, softcap, False)
-    return attention_decode(
+    decode = kernels("attention.decode")
+    rules = decode.Rules(causal, scale, left, right, softcap, False)
+    return decode.attention_decode(
         query, k_cache, v_cache, cache_seqlens, block_table, None, None, None, None, slopes, sinks, rules
     )
 
@@ -180,10 +181,11 @@ def _append_and_attend(
     softcap: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    from fastformer.kernels.attention.decode import Rules, attention_decode
-
-    rules = Rules(causal, scale, left, right, softcap, interleaved)
-    return attention_decode(query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, slopes, sinks, rules)
+    decode = kernels("attention.decode")
+    rules = decode.Rules(causal, scale, left, right, softcap, interleaved)
+    return decode.attention_decode(
+        query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, slopes, sinks, rules
+    )
 
 
 def _fake(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastformer.ops.attention.options import MAX_HEAD_DIM, Options
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.attention.reference import attention_reference
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, kernels
 from fastformer.ops.random import dropout_threshold
 from fastformer.ops.validate import FLOATS
 
@@ -109,11 +109,9 @@ def run(
 
 
 def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
-    from fastformer.kernels.attention.call import Call
-
     dropout_p, *rest = numbers
     arguments: list[Any] = [*tensors, dropout_p, dropout_threshold(dropout_p), *rest]
-    return Call(*arguments)
+    return kernels("attention.call").Call(*arguments)
 
 
 def _forward(
@@ -136,10 +134,10 @@ def _forward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    from fastformer.kernels.attention.forward import attention_forward
-
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
-    return attention_forward(_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers))
+    return kernels("attention.forward").attention_forward(
+        _call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
+    )
 
 
 def _like(x: Tensor, packed: bool, last: int) -> Tensor:
@@ -179,11 +177,9 @@ def _backward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastformer.kernels.attention.backward import attention_backward
-
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
     call = _call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
-    return attention_backward(call, out, lse, grad_out, grad_lse)
+    return kernels("attention.backward").attention_backward(call, out, lse, grad_out, grad_lse)
 
 
 def _fake_backward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
