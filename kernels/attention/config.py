@@ -1,13 +1,15 @@
 """Tile sizes of the attention kernels, by pass, target, dtype and head dimension.
 
-Every entry compiles without a register spill and within shared memory on its targets; tests/gate holds that. Calls with
-rules that need many registers (masks, windows, dropout, softcap, ALiBi) take the small tiles of `_RICH`.
+These are the defaults; where `tiles` has a measured row, that counts. Every entry compiles without a register spill and
+within shared memory on its targets; tests/gate holds that. Calls with rules that need many registers (masks, windows,
+dropout, softcap, ALiBi) take the small tiles of `_RICH`.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from fastformer.kernels.attention import tiles
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import Target
@@ -76,6 +78,14 @@ _SINGLE: _Table = {
 }
 
 
+def _measured(target: Target, call: Call, name: str) -> Config | None:
+    """What a table of `tiles` says of this call."""
+    dtype = "single" if call.query.dtype == torch.float32 else "half"
+    width, length = max(64, call.block_d, call.block_v), tiles.length_class(max(call.q_len, call.k_len))
+    tile = tiles.chosen((target.name, name, "rich" if call.rich else "plain", dtype, width, length))
+    return None if tile is None else Config(*tile)
+
+
 def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if target.name == "interpreter":
         return (_INTERPRETER,) * 3
@@ -93,12 +103,13 @@ def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
 
 def forward_config(target: Target, call: Call) -> Config:
     """Tiles of the forward kernel."""
-    return _configs(target, call)[0]
+    return _measured(target, call, "forward") or _configs(target, call)[0]
 
 
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
-    return _configs(target, call)[1:]
+    by_row, by_key = _configs(target, call)[1:]
+    return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
 
 
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
