@@ -215,14 +215,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError("decoding with a cache takes neither add_bias_kv nor add_zero_attn")
         seq_first = not self.batch_first
+        dropout_p = self.dropout if self.training else 0.0
         if cache.fixed:
-            q = self._project_query(query)
+            q = _heads_first(self._project_query(query), seq_first)
             if not cache.length:
                 cache.append(*(_heads_first(t, seq_first) for t in self._project_keys(key, value)))
         else:
-            q, k, v = self._project(query, key, value)
-            cache.append(_heads_first(k, seq_first), _heads_first(v, seq_first))
-        q = _heads_first(q, seq_first)
+            q, k, v = (_heads_first(t, seq_first) for t in self._project(query, key, value))
+            if key_padding_mask is None and not dropout_p and cache.attends(q, k, v):
+                return self._project_out(cache.append_and_attend(q, k, v, is_causal), seq_first)
+            cache.append(k, v)
         k, v = cache.read()
         if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], k.shape[2]):
             raise ValueError(
@@ -234,7 +236,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k,
             v,
             attn_mask=merge_masks(key_padding_mask, None, q.shape[0], self.num_heads, query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             is_causal=is_causal and q.shape[2] > 1,  # the last token sees everything
             causal_alignment="bottom-right",
         )
