@@ -132,6 +132,8 @@ def write(suite: Suite, root: Path) -> list[Path]:
     if suite.ceilings:
         limits = ", ".join(f"{name} {value:.4g}" for name, value in suite.ceilings.items())
         lines += [f"Limits of this machine, measured in the same run: {limits}.", ""]
+    if device.startswith("CPU"):
+        lines += ["CPU time of one thread; fastformer runs PyTorch's own operators here.", ""]
     lines += _host_table(suite.host) if suite.host else _table(suite)
     table.write_text("\n".join(lines) + "\n")
     picture = table.with_suffix(".png")

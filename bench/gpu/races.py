@@ -31,7 +31,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 def cases() -> list[tuple[str, Callable[[], Row]]]:
     found: list[tuple[str, Callable[[], Row]]] = [
-        (f"repeats: {name}", functools.partial(repeats, subject)) for name, subject in subjects(small=rehearsing()).items()
+        (f"repeats: {name}", functools.partial(repeats, subject))
+        for name, subject in subjects(small=rehearsing()).items()
     ]
     for tool in TOOLS[:1] if rehearsing() else TOOLS:
         found.append((f"compute-sanitizer {tool}", functools.partial(sanitize, tool)))
