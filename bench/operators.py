@@ -128,8 +128,8 @@ def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = T
 def run(benchmark: Any, call: Call, leaves: dict[str, Tensor], moved: int, backward: bool) -> None:
     """Time one call, or forward and backward, on sets of inputs in turn, so that no cache holds them from last time.
 
-    Besides pytest-benchmark's host times (on a CPU the CPU time of one thread) `extra_info` gets: on a GPU device_us, the
-    median of CUDA graph replays; GB/s and of_copy, that rate over a copy's; peak_MiB, the most memory alive at once
+    Besides pytest-benchmark's host times (on a CPU the CPU time of one thread) `extra_info` gets: on a GPU device_us,
+    the median of CUDA graph replays; GB/s and of_copy, that rate over a copy's; peak_MiB, the most memory alive at once
     beyond the inputs.
 
     Args:
