@@ -99,14 +99,14 @@ def _stage(path: Path) -> Suite | None:
     faults = [row["key"] for row in stage["rows"] if "fault" in row]
     if faults:
         raise ReportError(f"{path} holds wrong or missing results ({', '.join(faults[:3])}), which are not reported")
-    ceilings = next((row["ceilings"] for row in stage["rows"] if "ceilings" in row), {})
+    ceilings: dict[str, float] = next((row["ceilings"] for row in stage["rows"] if "ceilings" in row), {})
     date = datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
     suite = Suite(stage["stage"], stage["machine"], ceilings, date)
     limits = {"tflops": ("matmul_tflops", "TFLOP/s"), "gbs": ("copy_gbs", "GB/s")}
     for row in stage["rows"]:
         if "host_us" in row:
             suite.host[row["key"]] = row["host_us"]
-        for way in ("fwd", "bwd"):
+        for way in ("fwd", "bwd", "both"):
             for name, rate in row.get(way, {}).items():
                 if "us" not in rate:
                     continue

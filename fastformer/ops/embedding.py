@@ -109,8 +109,8 @@ def embedding_reference(
 
 def _reference(arguments: tuple[Any, ...], p: float, eps: float, padding_idx: int | None) -> Tensor:
     """The operator by PyTorch; arguments: ids, place, types, word, position, token_type, weight, bias, seed."""
-    weight, bias, seed = arguments[6:]
-    total = embedding_reference(*arguments[:6], padding_idx)
+    ids, place, types, word, position, token_type, weight, bias, seed = arguments
+    total = embedding_reference(ids, place, types, word, position, token_type, padding_idx)
     return dropout(norm_reference(total, weight, bias, eps, False), p, seed)
 
 
