@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.gpu.timing import median_time
 
 ON_GPU = torch.cuda.is_available()
+OURS = "fastformer"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
@@ -102,8 +103,12 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return clock() - start
 
 
-def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = True) -> None:
-    """Refuse to time a wrong result or gradient: error against float64 at most twice stock's, plus two ulps."""
+def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = True, peer: str = OURS) -> None:
+    """Refuse to time a wrong result or gradient: error against float64 at most twice stock's, plus two ulps.
+
+    Others may be ten times as far off, which still tells a call that was meant otherwise: torch.compile sums the
+    gradient of a bias over 1,024 rows with four times stock's error.
+    """
     sent: list[Tensor] = []
 
     def results(function: Call, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -119,10 +124,9 @@ def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = T
     for name, reference in exact.items():
         error, stocks = ((r[name].double() - reference).abs().max().item() for r in (ours, theirs))
         ulp = torch.finfo(ours[name].dtype).eps * reference.abs().max().item()
-        if not error <= 2 * stocks + 2 * ulp:
-            raise AssertionError(
-                f"{name}: error {error:.3e}, allowed {2 * stocks + 2 * ulp:.3e}: wrong results are not timed"
-            )
+        allowed = (2 * stocks + 2 * ulp) * (1 if peer == OURS else 10)
+        if not error <= allowed:
+            raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}: wrong results are not timed")
 
 
 def run(benchmark: Any, call: Call, leaves: dict[str, Tensor], moved: int, backward: bool) -> None:

@@ -74,12 +74,6 @@ def backend_for(device: torch.device) -> str:
     return "triton" if usable else "torch"
 
 
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
-    kind = device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
 @contextlib.contextmanager
 def standing_in() -> Iterator[None]:
     """Take the kernels' way for tensors on any device, where something stands in for the launches."""
@@ -94,3 +88,9 @@ def standing_in() -> Iterator[None]:
 def is_standing_in() -> bool:
     """Whether something stands in for the launches."""
     return _standing_in
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastformer.ops.backend import is_standing_in
+from fastformer.ops import backend
 
 _PLAIN = frozenset({Tensor, Parameter})
 # Asking a class is a third of the cost of isinstance, which for tensors runs Python.
@@ -39,14 +39,14 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"fastformer.kernels.{name}")
 
 
-def _watched() -> bool:
-    """Whether anything beside plain eager mode sees the call; what stands in for launches watches them from there."""
-    return _is_compiling() or (_dispatch_modes() > 0 and not is_standing_in()) or _functorch_level() is not None
+def _is_watched() -> bool:
+    """Whether more than eager autograd is to see a call. A mode that stands in for launches sees them by itself."""
+    return _is_compiling() or _functorch_level() is not None or (_dispatch_modes() > 0 and not backend.is_standing_in())
 
 
 def is_plain(args: Sequence[Any]) -> bool:
     """Whether a call may take the light route: eager mode, ordinary tensors, no dispatch mode watching."""
-    if _watched():
+    if _is_watched():
         return False
     for a in args:
         kind = type(a)
@@ -155,7 +155,7 @@ class Operator(Kernel):
         self.apply_light = super(torch.autograd.Function, self.light).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if _watched():
+        if _is_watched():
             return self._shown(self.op(*args))
         needs = False
         for a in args:
