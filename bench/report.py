@@ -132,7 +132,13 @@ def write(suite: Suite, root: Path) -> list[Path]:
     if suite.ceilings:
         limits = ", ".join(f"{name} {value:.4g}" for name, value in suite.ceilings.items())
         lines += [f"Limits of this machine, measured in the same run: {limits}.", ""]
-    if device.startswith("CPU"):
+    if suite.host:
+        lines += [
+            "An eager call, its kernels excluded; PyTorch's include theirs where it ran on a CPU. bench/host.py",
+            "",
+        ]
+        lines[-2] += " says how it is measured; floor is what any operator with a backward in Python pays."
+    elif device.startswith("CPU"):
         lines += ["CPU time of one thread; fastformer runs PyTorch's own operators here.", ""]
     lines += _host_table(suite.host) if suite.host else _table(suite)
     table.write_text("\n".join(lines) + "\n")
