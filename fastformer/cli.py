@@ -125,8 +125,8 @@ def _add_bench(commands: Any) -> None:
     report = bench.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "report",
         help="tables and plots under bench/results/<device>/",
-        description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and the "
-        "machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE, or a folder of make gpu.",
+        description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and beside "
+        "the machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE or a folder of make gpu.",
     )
     report.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
     report.add_argument(
