@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastformer.integrations.families import albert, bert, decoders, distilbert, norms, seq2seq, torch_nn
+from fastformer.integrations.families import albert, bert, decoders, distilbert, losses, norms, seq2seq, torch_nn
 from fastformer.integrations.families.interface import uses_interface
 from fastformer.integrations.families.rule import Rule
 from fastformer.integrations.swap import class_path
@@ -17,6 +17,7 @@ RULES: dict[str, Rule] = {
     **norms.RULES,
     **decoders.RULES,
     **seq2seq.RULES,
+    **losses.RULES,
 }
 NAMES = (
     "torch.nn Transformers, their layers, attention and norms",
@@ -41,7 +42,7 @@ def rule_for(module: torch.nn.Module, in_transformers: bool, norms_owned: bool) 
         return torch_nn.NORMS.get(class_path(module))
     if uses_interface(module):
         return decoders.ATTENTION
-    return None if norms_owned else norms.recognise(module)
+    return losses.recognise(module) or (None if norms_owned else norms.recognise(module))
 
 
 __all__ = ["NAMES", "RULES", "Rule", "rule_for"]

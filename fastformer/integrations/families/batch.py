@@ -170,6 +170,13 @@ def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any
     return out
 
 
+def answer(module: Any, out: Any, return_dict: bool | None) -> Any:
+    """A model's output as the caller wants it: as it is, or a tuple."""
+    if return_dict is None:
+        return_dict = getattr(module.config, "return_dict", True)
+    return out if return_dict else out.to_tuple()
+
+
 def is_changed(module: torch.nn.Module) -> bool:
     """Whether a child must be called rather than read: hooked, or no longer of a class of transformers."""
     return has_hooks(module) or not type(module).__module__.startswith("transformers.")

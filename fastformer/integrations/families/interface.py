@@ -95,9 +95,7 @@ class PackedModel:
         out = self._run(call, plan)
         if pads:
             _pad_back(out, plan)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return out if return_dict else out.to_tuple()
+        return batch.answer(self, out, return_dict)
 
     def _run(self, call: dict[str, Any], plan: Plan) -> Any:
         return super().forward(**call, return_dict=True)  # type: ignore[misc]
