@@ -79,6 +79,14 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "mbart": ("MBart", {**_SIDES, **_BART}),
 }  # fmt: skip
 
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "ViT",
+        {**_NO_DROPOUT, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80,
+         "image_size": 16, "patch_size": 4},
+    ),
+}  # fmt: skip
+
 _KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias")
 
 
@@ -89,7 +97,8 @@ def _known(families: dict[str, Any]) -> dict[str, Any]:
 
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
-ALL = {**ENCODERS, **DECODERS, **SEQ2SEQ}
+ALL = {**ENCODERS, **DECODERS, **SEQ2SEQ, **VISION}
+LATER = sorted({**ENCODERS, **DECODERS}.keys() - {**_known(ENCODERS), **_known(DECODERS)}.keys())
 ENCODERS, DECODERS = _known(ENCODERS), _known(DECODERS)
 FAMILIES = {**ENCODERS, **DECODERS}
 

@@ -56,8 +56,8 @@ def wants(module: Any, call: dict[str, Any], what: str) -> bool:
     return bool(getattr(module.config, f"output_{what}", False) if asked is None else asked)
 
 
-def why_stock(module: Any, call: dict[str, Any]) -> str:
-    """Reason why a call takes the stock forward, or ""."""
+def why_stock(module: Any, call: dict[str, Any], gives_weights: bool = False) -> str:
+    """Reason why a call takes the stock forward, or ""; `gives_weights`: attention weights are none."""
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return "needs exactly one of input_ids and inputs_embeds"
     mask = call.get("attention_mask")
@@ -65,7 +65,7 @@ def why_stock(module: Any, call: dict[str, Any]) -> str:
         return f"attention_mask of type {type(mask).__name__}"
     if mask is not None and mask.ndim != 2:
         return f"attention_mask with {mask.ndim} dimensions"
-    if wants(module, call, "attentions"):
+    if wants(module, call, "attentions") and not gives_weights:
         return "output_attentions"
     if not isinstance(call.get("output_hidden_states"), bool | None):
         return "output_hidden_states by index"
@@ -122,6 +122,8 @@ def plan_of(
         return Plan(packing_from_positions(call.get("position_ids"))), False
     if mask.shape != ids.shape[:2]:
         raise ValueError(f"attention_mask must have shape {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
+    if torch.compiler.is_exporting():
+        return Plan(mask=mask != 0), False  # one graph for any mask
     packing = packing_from_mask(mask)
     if packing is None:
         return Plan(packing_from_positions(call.get("position_ids"))), False

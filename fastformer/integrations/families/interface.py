@@ -70,7 +70,8 @@ class PackedModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         label = type(self).__name__
         call = batch.named_arguments(self, args, kwargs)
-        reason = self._why_stock(call)
+        # The masks that carry a plan are no tensors that a graph could hold.
+        reason = "export" if torch.compiler.is_exporting() else self._why_stock(call)
         if reason:
             batch.refuse_packed(call, reason)
             count_fallback(label, reason)
