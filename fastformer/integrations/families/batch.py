@@ -50,6 +50,17 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
+def takes_lengths(module: Any) -> bool:
+    """Whether the stock forward hands cu_seq_lens_q on; before transformers 5 many heads do not."""
+    return _takes_any(original_class(module))
+
+
+@functools.cache
+def _takes_any(cls: Any) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(cls.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def wants(module: Any, call: dict[str, Any], what: str) -> bool:
     """Whether the call or the configuration asks for "attentions" or "hidden_states"."""
     asked = call.get(f"output_{what}")
@@ -150,7 +161,7 @@ def pack_inputs(
     return packed
 
 
-def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+def unpack_call(module: Any, call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a packed call as those of a padded one: [batch, seqlen] ids and mask. Waits for nothing.
 
     The mask remembers the packing, so the base model need not compute it.
@@ -166,6 +177,7 @@ def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any
     for name, value in inputs.items():
         out[name] = packing.pad(value.squeeze(0))
     mask = packing.pad(torch.ones(packing.rows, dtype=torch.long, device=packing.indices.device))
+    pad_token_id = getattr(module.config, "pad_token_id", None)
     if "input_ids" in inputs and pad_token_id is not None:
         out["input_ids"] = torch.where(mask != 0, out["input_ids"], pad_token_id)
     out["attention_mask"] = remember(mask, packing)

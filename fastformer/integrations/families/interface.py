@@ -120,7 +120,7 @@ class UnpackingHead:
         call = batch.named_arguments(self, args, kwargs)
         if call.get("cu_seq_lens_q") is not None:
             count_fused(type(self).__name__)
-            call = batch.unpack_call(call, getattr(self.config, "pad_token_id", None))  # type: ignore[attr-defined]
+            call = batch.unpack_call(self, call)
         return super().forward(**call)  # type: ignore[misc]
 
 

@@ -48,6 +48,8 @@ class FusedLoss:
         self._loss_function = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cu_seq_lens_q") is not None and not batch.takes_lengths(self):
+            return super().forward(**batch.unpack_call(self, batch.named_arguments(self, args, kwargs)))  # type: ignore[misc]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _cross_entropy(
