@@ -104,6 +104,9 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto", fused_loss: bool =
         if _is_transformers(module):
             owners.append((path, rule is not None and rule.owns_norms and not reason))
         if rule is None:
+            base = families.known_base(module)
+            if base:
+                report.skipped.append((path, f"{type(module).__name__} derives from {base} and may compute otherwise"))
             continue
         if reason:
             report.skipped.append((path, reason))

@@ -7,7 +7,7 @@ import torch
 from fastformer.integrations.families import albert, bert, decoders, distilbert, losses, norms, seq2seq, torch_nn
 from fastformer.integrations.families.interface import uses_interface
 from fastformer.integrations.families.rule import Rule
-from fastformer.integrations.swap import class_path
+from fastformer.integrations.swap import class_path, original_class
 
 RULES: dict[str, Rule] = {
     **torch_nn.RULES,
@@ -45,4 +45,16 @@ def rule_for(module: torch.nn.Module, in_transformers: bool, norms_owned: bool) 
     return losses.recognise(module) or (None if norms_owned else norms.recognise(module))
 
 
-__all__ = ["NAMES", "RULES", "Rule", "rule_for"]
+def known_base(module: torch.nn.Module) -> str:
+    """Name of a class with a rule that a module's class without one derives from, or ""."""
+    cls = original_class(module)
+    if cls.__module__.startswith("fastformer."):
+        return ""
+    for base in cls.__mro__[1:]:
+        path = f"{base.__module__}.{base.__qualname__}"
+        if path in RULES or path in torch_nn.NORMS:
+            return base.__qualname__
+    return ""
+
+
+__all__ = ["NAMES", "RULES", "Rule", "known_base", "rule_for"]
