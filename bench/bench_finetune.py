@@ -4,12 +4,12 @@
     python -m bench.bench_finetune --family bert roberta distilbert t5 gpt2 vit --size base --compile
 
 Rows: stock eager, SDPA and torch.compile at padding="max_length"; SDPA, and compiled, padded to the longest of a batch;
-SDPA grouped by length (which biases what meets in a batch); ours on the ordinarily padded batch, ours compiled, ours on
-packed batches of a fixed number of tokens. Compiled rows run with --compile. Encoders classify, GPT-2 models language
-(ours with fused_loss), T5 writes the label out, ViT classifies random images, which have no padding. Every row trains on
-the same examples, forward + backward + AdamW. The number is real tokens a second: of CPU time with one thread on a CPU,
-of wall time on a GPU, where peak memory and the host's time a step are given too. `base` is the published width and
-depth (T5: small's).
+SDPA grouped by length (which biases what meets in a batch); ours on the ordinarily padded batch, ours compiled, ours
+on packed batches of a fixed number of tokens. Compiled rows run with --compile. Encoders classify, GPT-2 models
+language (ours with fused_loss), T5 writes the label out, ViT classifies random images, which have no padding. Every row
+trains on the same examples, forward + backward + AdamW. The number is real tokens a second: of CPU time with one thread
+on a CPU, of wall time on a GPU, where peak memory and the host's time a step are given too. `base` is the published
+width and depth (T5: small's).
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ def run(family: str, size: str, data: str, arguments: argparse.Namespace, device
     tokens = sum(map(tokens_of, rows))
     first = 1 + PAD if family == "roberta" else 0
     error = check(family, size, rows, arguments.max_length, first)
-    print(f"\n{family} {size}, {data}, max_length {arguments.max_length}, batch {arguments.batch}, {len(rows)} examples, "
-          f"{tokens / len(rows):.1f} tokens each; largest error before timing {error:.1e}")  # fmt: skip
+    print(f"\n{family} {size}, {data}, max_length {arguments.max_length}, batch {arguments.batch}, {len(rows)} texts "
+          f"of {tokens / len(rows):.1f} tokens; largest error before timing {error:.1e}")  # fmt: skip
     models: dict[str, Any] = {}
     choices = variants(family, rows, arguments.batch, arguments.max_length, first, arguments.compile)
     if arguments.rows:

@@ -1,11 +1,11 @@
 """Memory that a training step keeps for backward: stock against patched, counted to the byte.
 
-    python -m bench.finetune_memory --data reviews_zh --max-length 512      # FASTFORMER_DATA names the folder of the data
+    python -m bench.finetune_memory --data reviews_zh --max-length 512      # FASTFORMER_DATA names the data
 
 Counts every tensor that autograd saves (`torch.autograd.graph.saved_tensors_hooks`), each storage once, parameters left
-out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and two
-layers keep gives the twelve. The peak of a step is that, and 16 bytes a parameter for weight, gradient and AdamW.
-On a GPU the peak that PyTorch's allocator saw is `bench_finetune`'s.
+out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and
+two layers keep gives the twelve. The whole is that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU,
+`bench_finetune` shows the peak that PyTorch's allocator saw.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE_BYTES = 16
 
 
 def saved_bytes(implementation: str, patched: bool, layers: int, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """(bytes kept for backward, parameters of the embeddings and of one layer and head) of one step."""
+    """Bytes that one step keeps for backward, and the number of parameters."""
     torch.manual_seed(0)
     settings = {**SIZES["base"], "num_hidden_layers": layers, "vocab_size": VOCAB}
     config = transformers.BertConfig(**settings, attn_implementation=implementation)
