@@ -79,7 +79,7 @@ def packing_from_mask(mask: Tensor) -> Packing | None:
     if torch.compiler.is_exporting():
         return None
     packing = packing_of(mask)
-    return packing if packing.tokens < mask.numel() else None
+    return packing if packing.has_padding else None
 
 
 def packing_of(mask: Tensor) -> Packing:
