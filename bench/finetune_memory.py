@@ -25,10 +25,13 @@ LAYERS = 12
 STATE_BYTES = 16
 
 
-def saved_bytes(implementation: str, patched: bool, layers: int, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+def saved_bytes(
+    implementation: str, patched: bool, layers: int, batch: dict[str, torch.Tensor], attention_dropout: float
+) -> tuple[int, int]:
     """Bytes that one step keeps for backward, and the number of parameters."""
     torch.manual_seed(0)
     settings = {**SIZES["base"], "num_hidden_layers": layers, "vocab_size": VOCAB}
+    settings["attention_probs_dropout_prob"] = attention_dropout
     config = transformers.BertConfig(**settings, attn_implementation=implementation)
     model = transformers.BertForSequenceClassification(config).train()
     if patched:
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--full", action="store_true", help="every row as long as max-length: no padding to remove")
+    parser.add_argument("--attention-dropout", type=float, default=0.1, help="at 0, SDPA keeps no weights on a CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, fastformer {ff.__version__}, fp32")
@@ -68,12 +72,16 @@ def main() -> None:
             ]
         batch = pad(rows, arguments.max_length)
         share = batch["attention_mask"].float().mean().item()
-        print(f"\nBERT-base, {data}, batch {arguments.batch} x {arguments.max_length}, {share:.0%} real, dropout 0.1")
+        print(
+            f"\nBERT-base, {data}, batch {arguments.batch} x {arguments.max_length}, {share:.0%} real, dropout 0.1 and {arguments.attention_dropout}"
+        )
         peaks = {}
         for name, implementation, patched in (
             ("stock eager", "eager", False), ("stock sdpa", "sdpa", False), ("ours", "sdpa", True),
         ):  # fmt: skip
-            (one, small), (two, large) = (saved_bytes(implementation, patched, n, batch) for n in (1, 2))
+            (one, small), (two, large) = (
+                saved_bytes(implementation, patched, n, batch, arguments.attention_dropout) for n in (1, 2)
+            )
             kept, parameters = one + (LAYERS - 1) * (two - one), small + (LAYERS - 1) * (large - small)
             peaks[name] = kept + STATE_BYTES * parameters
             base = peaks["stock eager"], peaks.get("stock sdpa", peaks["stock eager"])

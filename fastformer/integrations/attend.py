@@ -54,7 +54,8 @@ def attend_with_weights(
     if torch.is_autocast_enabled(device):
         query, key, value = _cast(query, key, value)
         dtype = query.dtype
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    given = (t for t in (query, key, value, attn_mask, sinks) if t is not None)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     with torch.autocast(device, enabled=False):
         if dropout_p == 0.0 and not needs_grad:
             both = ops.scaled_dot_product_attention(

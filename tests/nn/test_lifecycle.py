@@ -296,3 +296,17 @@ def test_subclasses_of_ones_own_are_reported_and_left_alone():
     assert "OwnAttention derives from" in str(report)
     assert_same(stock, model, [batch()[0]], lambda m, x: m(x))
     assert not ff.patch(fnn.TransformerEncoderLayer(E, H, **OPTIONS)).skipped
+
+
+@pytest.mark.slow  # the C++ compiler takes most of a minute
+def test_encoder_compiled_by_inductor():
+    stock, ours = pair(
+        torch.nn.TransformerEncoder,
+        fnn.TransformerEncoder,
+        torch.nn.TransformerEncoderLayer(E, H, **OPTIONS),
+        1,
+        enable_nested_tensor=False,
+    )
+    compiled = torch.compile(ours, fullgraph=True)
+    mask = {"src_key_padding_mask": SRC}
+    assert_same(stock, ours, [batch()[0]], lambda m, x: (compiled if m is ours else m)(x, **mask), ~SRC)

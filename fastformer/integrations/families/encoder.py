@@ -154,11 +154,7 @@ class PackedEncoder:
                 fields["cross_attentions"] = ()
         if "Pooling" in self._table.output:
             fields["pooler_output"] = self._pool(hidden)
-        out = getattr(modeling_outputs, self._table.output)(**fields)
-        return_dict = call.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return out if return_dict else out.to_tuple()
+        return batch.answer(self, getattr(modeling_outputs, self._table.output)(**fields), call.get("return_dict"))
 
 
 class SelfAttention:

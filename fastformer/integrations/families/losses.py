@@ -37,10 +37,14 @@ class FusedLoss:
 
     @property
     def loss_function(self) -> Any:
-        stock = super().loss_function  # type: ignore[misc]
-        if getattr(stock, "__module__", "") != _LOSSES:
-            return stock  # somebody's own
-        kind = _KINDS.get(stock.__name__)
+        own = getattr(self, "_loss_function", None)
+        if own is not None:
+            return own
+        from transformers.loss.loss_utils import LOSS_MAPPING
+
+        # By name, as stock looks it up; a mapping may hold somebody's own function too.
+        stock = LOSS_MAPPING.get(getattr(self, "loss_type", None) or "", LOSS_MAPPING["ForCausalLM"])
+        kind = _KINDS.get(stock.__name__) if stock.__module__ == _LOSSES else None
         return stock if kind is None else functools.partial(kind, self, stock)
 
     @loss_function.setter
