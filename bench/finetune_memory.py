@@ -4,13 +4,15 @@
 
 Counts every tensor that autograd saves (`torch.autograd.graph.saved_tensors_hooks`), each storage once, parameters left
 out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and
-two layers keep gives the twelve. The whole is that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU,
-`bench_finetune` shows the peak that PyTorch's allocator saw.
+two layers keep gives the twelve, and where only the shape of a batch counts, one row and two give all. The whole is
+that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU, `bench_finetune` shows the peak that PyTorch's
+allocator saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 from pathlib import Path
@@ -26,7 +28,7 @@ STATE_BYTES = 16
 
 
 def saved_bytes(
-    implementation: str, patched: bool, layers: int, batch: dict[str, torch.Tensor], attention_dropout: float
+    implementation: str, patched: bool, layers: int, attention_dropout: float, batch: dict[str, torch.Tensor]
 ) -> tuple[int, int]:
     """Bytes that one step keeps for backward, and the number of parameters."""
     torch.manual_seed(0)
@@ -72,16 +74,22 @@ def main() -> None:
             ]
         batch = pad(rows, arguments.max_length)
         share = batch["attention_mask"].float().mean().item()
-        print(
-            f"\nBERT-base, {data}, batch {arguments.batch} x {arguments.max_length}, {share:.0%} real, dropout 0.1 and {arguments.attention_dropout}"
-        )
+        shape = f"batch {arguments.batch} x {arguments.max_length}, {share:.0%} real"
+        print(f"\nBERT-base, {data}, {shape}, dropout 0.1, in attention {arguments.attention_dropout}")
         peaks = {}
         for name, implementation, patched in (
             ("stock eager", "eager", False), ("stock sdpa", "sdpa", False), ("ours", "sdpa", True),
         ):  # fmt: skip
-            (one, small), (two, large) = (
-                saved_bytes(implementation, patched, n, batch, arguments.attention_dropout) for n in (1, 2)
-            )
+            by_shape = arguments.full or not patched
+            sizes = []
+            for layers in (1, 2):
+                take = functools.partial(saved_bytes, implementation, patched, layers, arguments.attention_dropout)
+                if by_shape:
+                    (one, parameters), (two, _) = (take({k: v[:n] for k, v in batch.items()}) for n in (1, 2))
+                    sizes.append((one + (arguments.batch - 1) * (two - one), parameters))
+                else:
+                    sizes.append(take(batch))
+            (one, small), (two, large) = sizes
             kept, parameters = one + (LAYERS - 1) * (two - one), small + (LAYERS - 1) * (large - small)
             peaks[name] = kept + STATE_BYTES * parameters
             base = peaks["stock eager"], peaks.get("stock sdpa", peaks["stock eager"])
