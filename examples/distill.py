@@ -5,8 +5,8 @@
 
 The student is the teacher with every other layer left out (Sanh et al. 2019, DistilBERT). Its loss is the mean of
 cross-entropy with the labels and T^2 KL(teacher || student) of the answers at temperature T (Hinton et al. 2015), plus
-one minus the cosine between both models' hidden states, token by token, the student's layer i beside the teacher's layer
-2i + 2 (the last one for the last).
+one minus the cosine between both models' hidden states, token by token, each of the student's layers beside
+the one it was copied from.
 """
 
 import argparse
@@ -57,7 +57,6 @@ class Distiller(Trainer):
     def learn_from(self, teacher: Any, args: argparse.Namespace) -> "Distiller":
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.temperature, self.share, self.hidden_weight = args.temperature, args.teacher_share, args.hidden_weight
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         return self
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -99,15 +98,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.temperature <= 0 or not 0 <= args.teacher_share <= 1:
         raise UserError("--temperature must be positive and --teacher-share between 0 and 1")
     train, validation = recipe.read_classified(args)
+    apart = argparse.Namespace(**{**vars(args), "output": args.output / "teacher"})
+    if args.resume and (apart.output / "config.json").is_file():
+        args.model = str(apart.output)
     with output_folder(args.output):
         teacher, tokenizer = recipe.load(args, "SequenceClassification", train.texts, **labels(train.names))
         recipe.patch(teacher, args)
         parts = [recipe.encode(tokenizer, part, args.max_length) for part in (train, validation)]
-        trainer = Trainer(teacher, tokenizer, args, *parts, metrics=accuracy)
-        if not args.model:
+        if args.model:
+            before = Trainer(teacher, tokenizer, args, *parts, metrics=accuracy).evaluate()["eval_accuracy"]
+        else:
             print("The teacher:")
-            trainer.fit()
-        before = trainer.evaluate()["eval_accuracy"]
+            trainer = Trainer(teacher, tokenizer, apart, *parts, metrics=accuracy).fit()
+            before = trainer.evaluate()["eval_accuracy"]
+            trainer.finish("teacher accuracy", before)
+            args.resume = False  # what there was to go on from was the teacher's
         student = make_student(teacher)
         print(f"The student, {student.config.num_hidden_layers} layers of {teacher.config.num_hidden_layers}:")
         distiller = Distiller(student, tokenizer, args, *parts, metrics=accuracy).learn_from(teacher, args).fit()

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ HELD_OUT = 0.15  # of a single file, where there is none for validation
 # Arguments and exit codes
 
 
-def arguments(name: str, doc: str | None, **defaults: Any) -> Parser:
-    """The arguments of every recipe. `defaults` are those of epochs, batch_size, max_length, ...; `name` the output's.
+def arguments(name: str, doc: str | None, without: Sequence[str] = (), **defaults: Any) -> Parser:
+    """The arguments of every recipe, to which it adds its own with add_argument.
 
-    Recipes add their own with add_argument.
+    name: of the recipe and its output; without: numbers that it does not take; defaults: of those that it takes.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(recipe=name)
@@ -53,6 +53,8 @@ def arguments(name: str, doc: str | None, **defaults: Any) -> Parser:
         "seed": (0, "of weights, order and dropout"),
     }
     for key, (default, what) in counts.items():
+        if key in without:
+            continue
         default = defaults.pop(key, default)
         kind = whole_number(8 if key == "max_length" else 0 if key == "seed" else 1, 2**31)
         shown = "" if default is None else f" (default: {default})"
@@ -121,7 +123,7 @@ def find_files(path: Path, endings: Sequence[str]) -> list[Path]:
 # Model and tokenizer
 
 
-def load(args: argparse.Namespace, kind: str, texts: Sequence[str], **settings: Any) -> tuple[Any, FastTokenizer]:
+def load(args: argparse.Namespace, kind: str, texts: Iterable[str], **settings: Any) -> tuple[Any, FastTokenizer]:
     """The checkpoint of --model as transformers' AutoModelFor`kind`, or a small new BERT and a tokenizer of the texts.
 
     settings: fields of the configuration, as demo.model.labels(names). Raises UserError for what cannot be loaded.
@@ -138,25 +140,42 @@ def load(args: argparse.Namespace, kind: str, texts: Sequence[str], **settings: 
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
+    tokenizer = new_tokenizer(texts, args.vocab_size, args.max_length)
+    return new_model(args, kind, tokenizer, **settings), tokenizer
+
+
+def new_model(args: argparse.Namespace, kind: str, tokenizer: Any, **settings: Any) -> Any:
+    """A small model with random weights: a Llama for "CausalLM", a BERT for every other kind.
+
+    Raises UserError for a width or a dropout that cannot be.
+    """
     if args.width >= 64 and args.width % 64:
         raise UserError(f"--width must be a multiple of 64 or less than 64, got {args.width}")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout must be at least 0 and below 1, got {args.dropout}")
-    tokenizer = new_tokenizer(texts, args.vocab_size, args.max_length)
+    torch.manual_seed(args.seed)
     rates = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     shape = (len(tokenizer), tokenizer.pad_token_id, args.max_length, args.width, args.layers)
     config = models.bert_config(*shape, **rates, **settings)
-    return getattr(transformers, f"AutoModelFor{kind}").from_config(config), tokenizer
+    if kind == "CausalLM":
+        ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        shape = {name: getattr(config, name) for name in (*same, "pad_token_id")}
+        config = transformers.LlamaConfig(
+            intermediate_size=3 * args.width, attention_dropout=args.dropout, tie_word_embeddings=True, **ids, **shape
+        )
+    return getattr(transformers, f"AutoModelFor{kind}").from_config(config)
 
 
-def new_tokenizer(texts: Sequence[str] | Sequence[Path], vocab_size: int, max_length: int) -> FastTokenizer:
-    """Byte-level BPE learned from texts or files of text, in BERT's form: [CLS] a [SEP], [CLS] a [SEP] b [SEP].
+def new_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> FastTokenizer:
+    """Byte-level BPE learned from the texts, in BERT's form: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
 
     Raises UserError for a vocabulary too small for the 256 bytes and the special tokens.
     """
-    source = texts if isinstance(texts[0], Path) else iter(texts)
     try:
-        learned = ff.BPETokenizer.train(source, vocab_size, special_tokens=SPECIAL_TOKENS, progress=sys.stderr.isatty())
+        learned = ff.BPETokenizer.train(
+            iter(texts), vocab_size, special_tokens=SPECIAL_TOKENS, progress=sys.stderr.isatty()
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     with tempfile.TemporaryDirectory() as folder:
@@ -183,9 +202,9 @@ def patch(model: torch.nn.Module, args: argparse.Namespace) -> None:
         print(ff.patch(model))
 
 
-def collator(model: torch.nn.Module, tokenizer: Any, args: argparse.Namespace, per_token: bool = False) -> Any:
+def collator(model: torch.nn.Module, tokenizer: Any, packs: bool, per_token: bool = False) -> Any:
     """Packed batches for a patched model that takes them, batches padded to their longest sequence for any other."""
-    if args.patch:
+    if packs:
         try:
             return PackedCollator.for_model(model)
         except ValueError as error:

@@ -113,6 +113,7 @@ class Trainer(transformers.Trainer):
         model, tokenizer: as loaded and patched; args: of recipe.arguments.
         train, validation: lists of examples with input_ids and labels, one a sequence or (per_token) one a token.
         metrics: from (logits, labels) to a dict of numbers.
+        packs: batches without padding; by default as --patch says.
         settings: more of transformers.TrainingArguments.
     """
 
@@ -125,6 +126,7 @@ class Trainer(transformers.Trainer):
         validation: Sequence[dict[str, Any]],
         metrics: Callable[[Any], dict[str, float]] | None = None,
         per_token: bool = False,
+        packs: bool | None = None,
         callbacks: Sequence[transformers.TrainerCallback] = (),
         **settings: Any,
     ) -> None:
@@ -161,7 +163,7 @@ class Trainer(transformers.Trainer):
                     **settings,
                 }
             ),
-            data_collator=collator(model, tokenizer, args, per_token),
+            data_collator=collator(model, tokenizer, args.patch if packs is None else packs, per_token),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
@@ -208,9 +210,12 @@ class Trainer(transformers.Trainer):
         """Tokens trained on so far, padding not counted."""
         return int(self._tokens)
 
-    def finish(self, metric: str, value: float, **more: Any) -> dict[str, Any]:
-        """Save model and tokenizer, print the result, write it to result.json; the checkpoints are done with."""
-        self.model.save_pretrained(self.recipe.output)
+    def finish(self, metric: str, value: float, model: Any = None, **more: Any) -> dict[str, Any]:
+        """Save model and tokenizer, print the result, write it to result.json; the checkpoints are done with.
+
+        model: what to save, by default the one that was trained.
+        """
+        (model or self.model).save_pretrained(self.recipe.output)
         self.processing_class.save_pretrained(self.recipe.output)
         shutil.rmtree(self.checkpoints(self.recipe), ignore_errors=True)
         return finish(self.recipe, metric, value, self.tokens, self.clock, self.watch.losses, **more)
