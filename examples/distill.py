@@ -112,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             trainer = Trainer(teacher, tokenizer, apart, *parts, metrics=accuracy).fit()
             before = trainer.evaluate()["eval_accuracy"]
             trainer.finish("teacher accuracy", before)
-            args.resume = False  # what there was to go on from was the teacher's
         student = make_student(teacher)
         print(f"The student, {student.config.num_hidden_layers} layers of {teacher.config.num_hidden_layers}:")
         distiller = Distiller(student, tokenizer, args, *parts, metrics=accuracy).learn_from(teacher, args).fit()

@@ -65,9 +65,7 @@ class Run:
         atomically(self.path, lambda path: torch.save(state, path))
 
     def restore(self) -> None:
-        """Raises UserError where there is no checkpoint, or one of other arguments."""
-        if not self.path.is_file():
-            raise UserError(f"--resume needs a checkpoint in {self.args.output}, and there is none")
+        """Go on from the checkpoint. Raises UserError where it is one of other arguments."""
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
@@ -147,12 +145,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe.quiet()
     files, device, kind = text_files(args.data), default_device(), HEADS[args.objective]
     texts = held_out(files, 200)
-    if not args.resume and (args.output / "checkpoint.pt").exists():
+    saved = (args.output / "checkpoint.pt").is_file()
+    if saved and not args.resume:
         raise UserError(
             f"{args.output} holds a checkpoint of a run that did not end; give --resume or another --output"
         )
     with output_folder(args.output):
-        if args.resume and not args.model and (args.output / "tokenizer.json").is_file():
+        if saved and not args.model:
             tokenizer = FastTokenizer.from_pretrained(args.output)
             model = recipe.new_model(args, kind, tokenizer)
         else:
@@ -164,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         stream = TextStream(files, tokenizer, limit, args.seed, pairs=args.objective == "mlm+nsp")
         collate = recipe.collator(model, tokenizer, args.patch, per_token=True)
         run = Run(args, model, Batches(args.objective, args.batch_size, stream, tokenizer, collate, args.seed), device)
-        if args.resume:
+        if saved:
             run.restore()
         run.train()
         model.save_pretrained(args.output)

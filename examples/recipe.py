@@ -54,6 +54,7 @@ def arguments(name: str, doc: str | None, without: Sequence[str] = (), **default
     }
     for key, (default, what) in counts.items():
         if key in without:
+            parser.set_defaults(**{key: None})
             continue
         default = defaults.pop(key, default)
         kind = whole_number(8 if key == "max_length" else 0 if key == "seed" else 1, 2**31)

@@ -176,15 +176,15 @@ class Trainer(transformers.Trainer):
         return args.output / "checkpoints"
 
     def fit(self) -> "Trainer":
-        """Train, from the start or with --resume from the last checkpoint.
+        """Train, from the start or with --resume from the last checkpoint, if there is one.
 
-        Raises UserError where --resume and the checkpoints that are there do not fit together; Diverged and
-        KeyboardInterrupt say which checkpoint is the last good one.
+        Raises UserError where there are checkpoints and no --resume; Diverged and KeyboardInterrupt say which one is
+        the last good one.
         """
         folder = self.checkpoints(self.recipe)
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if self.recipe.resume and last is None:
-            raise UserError(f"--resume needs a checkpoint in {folder}, and there is none")
+        if self.recipe.resume:
+            print(f"Going on from {last}." if last else f"There is no checkpoint in {folder}: from the start.")
         if last is not None and not self.recipe.resume:
             raise UserError(f"{folder} holds checkpoints of a run that did not end; give --resume or another --output")
         try:
@@ -209,6 +209,12 @@ class Trainer(transformers.Trainer):
     def tokens(self) -> int:
         """Tokens trained on so far, padding not counted."""
         return int(self._tokens)
+
+    def add_time_of(self, other: "Trainer") -> None:
+        """Count what another Trainer took in as well."""
+        self._tokens = self.tokens + other.tokens
+        self.clock.seconds += other.clock.seconds
+        self.clock.cpu_seconds += other.clock.cpu_seconds
 
     def finish(self, metric: str, value: float, model: Any = None, **more: Any) -> dict[str, Any]:
         """Save model and tokenizer, print the result, write it to result.json; the checkpoints are done with.
