@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from fastformer import ops
+from fastformer.nn.recording import record
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`ops.scaled_dot_product_attention` in the dtype autocast asks for, if it does."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
-    query, key, value = _cast(query, key, value)
-    with torch.autocast(device, enabled=False):
-        return _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    if torch.is_autocast_enabled(device):
+        query, key, value = _cast(query, key, value)
+        with torch.autocast(device, enabled=False):
+            out = _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    else:
+        out = _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    return record(query, key, value, out, options)
 
 
 def attend_packed(
@@ -25,11 +28,13 @@ def attend_packed(
 ) -> Tensor:
     """`ops.attention_varlen`, likewise."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
-    query, key, value = _cast(query, key, value)
-    with torch.autocast(device, enabled=False):
-        return _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    if torch.is_autocast_enabled(device):
+        query, key, value = _cast(query, key, value)
+        with torch.autocast(device, enabled=False):
+            out = _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    else:
+        out = _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    return record(query, key, value, out, options, cu_q, cu_k)
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
