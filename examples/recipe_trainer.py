@@ -157,6 +157,7 @@ class Trainer(transformers.Trainer):
                     "logging_steps": LOG_EVERY,
                     "logging_nan_inf_filter": False,
                     "report_to": "none",
+                    "disable_tqdm": False,
                     "remove_unused_columns": False,
                     "dataloader_pin_memory": cuda,
                     **when,

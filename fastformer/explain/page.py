@@ -32,6 +32,8 @@ section { border-top: 1px solid var(--line); padding: 1rem 0 1.25rem; }
   font-size: .85rem; }
 select { font: inherit; padding: .1rem .3rem; }
 .key { display: inline-flex; align-items: center; gap: .35rem; }
+.key[hidden] { display: none; }
+.rest { color: var(--faint); font-style: normal; }
 .swatch { width: 4.5rem; height: .75rem; border-radius: 2px; border: 1px solid var(--line); }
 .text { margin: .75rem 0 .5rem; font-size: 1.15rem; line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere; }
 .text span { border-radius: 3px; padding: .18em 0; cursor: default; }
@@ -206,7 +208,8 @@ def _spans(passage: Passage, view: dict[str, object]) -> str:
         share = min(1.0, abs(value) / most) * _STRONGEST
         style = f"background-color:rgba({color},{share:.3f})"
         parts.append(f'<span{kind} tabindex="0" style="{style}">{escaping.escape(content)}</span>')
-    return "".join(parts) + escaping.escape(passage.text[place:])
+    rest = escaping.escape(passage.text[place:])  # what was cut off
+    return "".join(parts) + (f'<i class="rest">{rest}</i>' if rest.strip() else rest)
 
 
 def _keys(is_map: bool) -> str:
