@@ -32,8 +32,8 @@ def kept_layers(layers: int) -> list[int]:
     return list(range(layers - 1, -1, -2))[::-1]
 
 
-def make_student(teacher: Any) -> Any:
-    """A model of the teacher's class with half its layers (rounded up), and the teacher's weights in all it has.
+def find_layers(teacher: Any) -> str:
+    """The name of the list of the teacher's layers.
 
     Raises UserError where the teacher has one layer only, or keeps its layers where nobody finds them.
     """
@@ -42,10 +42,15 @@ def make_student(teacher: Any) -> Any:
     found = [name for name, layers in lists if len(layers) == count]
     if count < 2 or len(found) != 1:
         raise UserError(f"a teacher of two layers or more in one list is needed, got {count} layers, lists {found}")
-    student = copy.deepcopy(teacher)
-    layers = student.get_submodule(found[0])
-    kept = torch.nn.ModuleList([layers[i] for i in kept_layers(count)])
-    parent, _, name = found[0].rpartition(".")
+    return found[0]
+
+
+def make_student(teacher: Any) -> Any:
+    """A model of the teacher's class with half its layers (rounded up), and the teacher's weights in all it has."""
+    student, path = copy.deepcopy(teacher), find_layers(teacher)
+    layers = student.get_submodule(path)
+    kept = torch.nn.ModuleList([layers[i] for i in kept_layers(len(layers))])
+    parent, _, name = path.rpartition(".")
     setattr(student.get_submodule(parent), name, kept)
     student.config.num_hidden_layers = len(kept)
     return student
@@ -103,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.model = str(apart.output)
     with output_folder(args.output):
         teacher, tokenizer = recipe.load(args, "SequenceClassification", train.texts, **labels(train.names))
+        find_layers(teacher)  # before anything is trained
         recipe.patch(teacher, args)
         parts = [recipe.encode(tokenizer, part, args.max_length) for part in (train, validation)]
         if args.model:

@@ -81,7 +81,8 @@ def run(recipe: Callable[[Sequence[str] | None], object]) -> int:
         recipe(None)
     except tuple(codes) as error:
         message = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", ())])
-        print(f"{Path(sys.argv[0]).name}: {message}.", file=sys.stderr)
+        begin = "" if isinstance(error, UserError) else "\n"  # a progress bar stands where it was left
+        print(f"{begin}{Path(sys.argv[0]).name}: {message}.", file=sys.stderr)
         return codes[type(error)]
     return 0
 
