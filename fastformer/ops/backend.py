@@ -7,15 +7,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
 _CHOICES = ("auto", "triton", "torch")
 MINIMUM_TRITON = (3, 6)
+_standing_in = False
 
 
 def forced_backend() -> str:
@@ -47,22 +50,47 @@ def triton_status() -> tuple[bool, str]:
 
 
 def backend_for(device: torch.device) -> str:
-    """ "triton" or "torch" for tensors on `device`.
+    """ "triton" or "torch" for tensors on `device`. Tensors on "meta" have shapes only, which PyTorch's operators tell.
 
     Raises:
         RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
     """
+    if _standing_in:
+        return "triton"
     choice = forced_backend()
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+    kind = device.type
+    if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
     usable, why = triton_status()
     if choice == "triton":
         if not usable:
             raise RuntimeError(f"FASTFORMER_BACKEND=triton, but {why}")
-        if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
                 f"FASTFORMER_BACKEND=triton, but tensors on {device} can run Triton kernels only "
                 "in its interpreter (TRITON_INTERPRET=1)"
             )
         return "triton"
     return "triton" if usable else "torch"
+
+
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """Take the kernels' way for tensors on any device, where something stands in for the launches."""
+    global _standing_in
+    before, _standing_in = _standing_in, True
+    try:
+        yield
+    finally:
+        _standing_in = before
+
+
+def is_standing_in() -> bool:
+    """Whether something stands in for the launches."""
+    return _standing_in
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
