@@ -112,10 +112,11 @@ def write(rows: dict[str, Any]) -> Path:
     commands = "\n".join(
         f"- {c.name}: {c.script}.py, {c.data}, {' '.join(c.arguments)}" for c in CASES if c.name in rows
     )
+    commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     target.write_text(
         f"# Recipes, stock and patched\n\n{time.strftime('%Y-%m-%d')}, {cpu_name()}, one thread, Python "
         f"{platform.python_version()}, torch {importlib.metadata.version('torch')}, transformers "
-        f"{importlib.metadata.version('transformers')}, commit {commit()}. New BERT (a Llama for next "
+        f"{importlib.metadata.version('transformers')}, commit {commits}. New BERT (a Llama for next "
         "tokens) of width 128 and 2 layers, 4 in distillation, batch 16, dropout 0.1, the recipes' defaults otherwise. "
         "Stock pads each batch to its longest sequence, patched packs it. Tokens of training, padding not counted, a "
         "second of CPU time. Dropout draws other elements in the two runs, so metrics differ by chance; perplexity: "
@@ -139,7 +140,8 @@ def main(names: list[str]) -> int:
             continue
         started = time.perf_counter()
         both = [run(case, patched, Path(data).resolve()) for patched in (False, True)]
-        rows[case.name] = {"arguments": list(case.arguments), "stock": both[0], "patched": both[1]}
+        kept = {"arguments": list(case.arguments), "commit": commit()}
+        rows[case.name] = {**kept, "stock": both[0], "patched": both[1]}
         KEPT.write_text(json.dumps(rows))
         print(
             f"{table({case.name: rows[case.name]}).splitlines()[-1]} {time.perf_counter() - started:.0f} s", flush=True

@@ -212,3 +212,30 @@ def test_nothing_is_recorded_outside_and_nothing_changes():
     ff.explain.attention_maps(patched, batch)
     assert not fnn.count().fallback
     assert torch.equal(patched(**batch).logits, before)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_a_map_takes_the_memory_of_one_head(how):
+    """Four sequences and four heads: nothing larger than one square comes up, whatever is asked for."""
+    _, patched = pair("bert")
+    width = 60
+    batch = zoo.batch([width] * 3 + [30], width=width)
+    maps = ff.explain.attention_maps(patched, packed(patched, batch) if how == "packed" else batch, gradients=True)
+    with Largest() as seen:
+        maps.weights(0, 1)
+        maps.rollout(2)
+        maps.gradient_times_weights(1, 0)
+    assert width * width <= seen.size < 1.5 * width * width
