@@ -215,14 +215,18 @@ def test_nothing_is_recorded_outside_and_nothing_changes():
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
+    """The number of elements of the largest tensor that any operator returns as its own, views left out."""
 
     size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+        given, made = (
+            [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+            for tree in ((args, kwargs), out)
+        )
+        for tensor in made:
+            if all(tensor.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() for other in given):
                 self.size = max(self.size, tensor.numel())
         return out
 
