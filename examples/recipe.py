@@ -131,6 +131,8 @@ def load(args: argparse.Namespace, kind: str, texts: Iterable[str], **settings: 
     settings: fields of the configuration, as demo.model.labels(names). Raises UserError for what cannot be loaded.
     """
     quiet()
+    if kind == "SequenceClassification":  # whatever the checkpoint's last task was
+        settings["problem_type"] = "single_label_classification"
     torch.manual_seed(args.seed)
     if args.model:
         model = models.load_model(args.model, f"AutoModelFor{kind}", args.max_length, **settings)

@@ -52,15 +52,18 @@ class LossWatch:
 
         steps_before: steps of the run before the first loss that was seen.
         """
-        if self._pending:
-            self.losses += torch.stack(self._pending).tolist()
-            self._pending.clear()
-        for step, loss in enumerate(self.losses, steps_before + 1):
+        first = steps_before + len(self.losses) + 1
+        new = torch.stack(self._pending).tolist() if self._pending else []
+        self.losses += new
+        self._pending.clear()
+        for step, loss in enumerate(new, first):
             if not math.isfinite(loss):
                 raise Diverged(f"the loss became {loss} at step {step}")
-        bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-        if bad:
-            raise Diverged(f"weights became NaN or infinite by step {steps_before + len(self.losses)}, {bad[0]} first")
+        names, weights = zip(*model.named_parameters(), strict=True)
+        finite = torch.stack([torch.isfinite(p.detach()).all() for p in weights]).tolist()  # the device is read once
+        if not all(finite):
+            bad = names[finite.index(False)]
+            raise Diverged(f"weights became NaN or infinite by step {steps_before + len(self.losses)}, {bad} first")
 
 
 class Clock:

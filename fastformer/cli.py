@@ -61,7 +61,7 @@ def _parser() -> Parser:
         "gpt2, ...) of its usual size, with random weights",
     )
     info.add_argument(
-        "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
+        "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
     _add_bench(commands)

@@ -164,7 +164,7 @@ class _Line:
     def __init__(self, model: torch.nn.Module, batch: Mapping[str, Any], baseline: int | None) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._model, self._places = model, places_of(model, batch)
+        self._model, self._places = model, places_of(batch)
         self._batch = {name: value for name, value in batch.items() if name != "labels"}
         self._base: Tensor | None = None
         if baseline is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastformer import ops
-from fastformer.explain.running import Places, Score, differentiable, places_of, run, scores_of
+from fastformer.explain.running import Score, Sides, differentiable, run, scores_of, sides_of
 from fastformer.nn.recording import AttentionCall
 
 _APART = ("attn_mask", "dropout_p", "enable_gqa", "sinks")  # options that a single head without dropout does not have
@@ -29,9 +29,9 @@ class AttentionMaps:
     """
 
     def __init__(
-        self, calls: list[AttentionCall], places: Places | None, gradients: list[Tensor | None] | None = None
+        self, calls: list[AttentionCall], sides: list[Sides], gradients: list[Tensor | None] | None = None
     ) -> None:
-        self._calls, self._places, self._gradients = calls, places, gradients
+        self._calls, self._sides, self._gradients = calls, sides, gradients
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -106,7 +106,7 @@ class AttentionMaps:
             raise IndexError(f"layer must be from {-len(self)} to {len(self) - 1}, got {layer}")
         if not -self.sequences <= sequence < self.sequences:
             raise IndexError(f"sequence must be from {-self.sequences} to {self.sequences - 1}, got {sequence}")
-        return _Part(self._calls[layer], sequence % self.sequences, self._places)
+        return _Part(self._calls[layer], sequence % self.sequences, self._sides[layer])
 
     def _chosen(self, layer: int, head: int | None) -> list[int]:
         heads = self.heads(layer)
@@ -120,18 +120,13 @@ class AttentionMaps:
 class _Part:
     """One sequence of an attention call, one head of which is computed at a time."""
 
-    def __init__(self, call: AttentionCall, sequence: int, places: Places | None) -> None:
-        self._call, self._sequence = call, sequence
+    def __init__(self, call: AttentionCall, sequence: int, sides: Sides) -> None:
+        self._call, self._sequence, self._sides = call, sequence, sides
         self._options = {k: v for k, v in call.options.items() if k not in _APART}
         self._groups = call.query.shape[1] // call.key.shape[1]
-        self._rows = self._columns = None  # real places of a batch that kept its padding
         self._mask = call.options.get("attn_mask")
-        if call.cu_seqlens_q is None:
-            shape = (*call.query.shape[:3], call.key.shape[2])
-            if places is not None:
-                self._rows, self._columns = (places.rows[sequence] if n == places.width else None for n in shape[2:])
-            if self._mask is not None:
-                self._mask = self._mask.expand(shape)[sequence]
+        if self._mask is not None:
+            self._mask = self._mask.expand(*call.query.shape[:3], call.key.shape[2])[sequence]
 
     def weights(self, head: int) -> Tensor:
         """(S_q, S_k) of a head."""
@@ -160,9 +155,10 @@ class _Part:
         return tensor.detach()[first:last, head][None, None]
 
     def _real(self, weights: Tensor) -> Tensor:
-        if self._rows is not None:
-            weights = weights[self._rows]
-        return weights if self._columns is None else weights[:, self._columns]
+        for dim, places in enumerate(self._sides):
+            if places is not None:
+                weights = places.select(weights, self._sequence, dim)
+        return weights
 
 
 def _mean(compute: Callable[[int], Tensor], heads: list[int]) -> Tensor:
@@ -200,9 +196,9 @@ def attention_maps(
             raise ValueError("target and score need gradients=True")
         with torch.no_grad():
             _, calls = run(model, batch)
-        return AttentionMaps(calls, places_of(model, batch))
+        return AttentionMaps(calls, sides_of(model, batch, len(calls)))
     with torch.enable_grad(), differentiable(model):
         out, calls = run(model, batch)
         values, _ = scores_of(out, target, score)
         found = torch.autograd.grad(values.sum(), [call.out for call in calls], allow_unused=True)
-    return AttentionMaps(calls, places_of(model, batch), list(found))
+    return AttentionMaps(calls, sides_of(model, batch, len(calls)), list(found))

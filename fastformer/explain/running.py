@@ -91,18 +91,36 @@ class Places:
     rows: list[Tensor]
     width: int
 
+    def select(self, values: Tensor, sequence: int, dim: int) -> Tensor:
+        """The real places of a sequence along a dimension, unless its padding is gone already."""
+        return values.index_select(dim, self.rows[sequence]) if values.shape[dim] == self.width else values
 
-def places_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Places | None:
+
+def places_of(batch: Mapping[str, Any], name: str = "attention_mask") -> Places | None:
     """The real places of a padded batch, or of a packed one where the model pads it; None where nothing says which
     they are."""
     bounds = batch.get("cu_seq_lens_q")
     if isinstance(bounds, Tensor):
         return Places([torch.arange(n, device=bounds.device) for n in bounds.diff().tolist()], batch["max_length_q"])
-    mask = batch.get("attention_mask")
-    # An encoder-decoder's mask is of its encoder, whose length the decoder may have by chance.
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(_config(model), "is_encoder_decoder", False):
+    mask = batch.get(name)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     return Places([row.nonzero().squeeze(1) for row in mask != 0], mask.shape[1])
+
+
+Sides = tuple[Places | None, Places | None]  # of the queries and of the keys
+
+
+def sides_of(model: torch.nn.Module, batch: Mapping[str, Any], calls: int) -> list[Sides]:
+    """For each attention call the real places of its queries and of its keys."""
+    source, config = places_of(batch), _config(model)
+    if not getattr(config, "is_encoder_decoder", False):
+        return [(source, source)] * calls
+    target = places_of(batch, "decoder_attention_mask")
+    encoder: list[Sides] = [(source, source)] * config.num_hidden_layers
+    # Every layer of a decoder looks at itself and then across.
+    decoder: list[Sides] = [(target, target), (target, source)] * ((calls - len(encoder)) // 2)
+    return [*encoder, *decoder]
 
 
 @contextlib.contextmanager

@@ -83,6 +83,33 @@ def test_vision_transformer():
         torch.testing.assert_close(maps.weights(layer, 1, head=2), weights[1, 2], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("unpad", ["auto", False])
+@pytest.mark.parametrize("decoder_mask", [True, False])
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_encoder_decoders(family, decoder_mask, unpad):
+    from test_seq2seq import build, data
+
+    stock, patched = build(family).eval(), build(family).eval()
+    ff.patch(patched, unpad=unpad)
+    batch, real_target = data(decoder_mask=decoder_mask)
+    batch["use_cache"] = False
+    with torch.no_grad():
+        out = stock(**batch, output_attentions=True)
+    maps = ff.explain.attention_maps(patched, batch)
+    crossed = zip(out.decoder_attentions, out.cross_attentions, strict=True)
+    want = [*out.encoder_attentions, *(weights for both in crossed for weights in both)]
+    source = batch["attention_mask"].bool()
+    target = real_target if decoder_mask else torch.ones_like(real_target)
+    sides = [(source, source)] * 2 + [(target, target), (target, source)] * 2
+    assert len(maps) == len(want)
+    for layer, (weights, (rows, columns)) in enumerate(zip(want, sides, strict=True)):
+        for i in range(maps.sequences):
+            expected = weights[i].mean(0)[rows[i]][:, columns[i]]
+            torch.testing.assert_close(maps.weights(layer, i), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cross-attention"):
+        maps.rollout(0)
+
+
 @pytest.mark.parametrize("unpad", [True, False])
 def test_torch_nn(unpad):
     torch.manual_seed(0)
