@@ -168,16 +168,22 @@ def mask_tokens(example: Example, tokenizer: Any, draw: np.random.Generator, rat
 class Batches:
     """Batches of an objective ("mlm", "mlm+nsp" or "clm") from a stream, collated by `collate`.
 
-    masking: draws what is masked; a part of the state, as the stream is.
+    masking: draws what is masked; a part of the state, as the stream is. Raises UserError for a tokenizer without the
+    special tokens of the objective.
     """
 
     def __init__(self, objective: str, size: int, stream: TextStream, tokenizer: Any, collate: Any, seed: int) -> None:
-        self.objective, self.size, self.stream, self.tokenizer, self._collate = (
-            objective, size, stream, tokenizer, collate
-        )  # fmt: skip
+        self.objective, self.size, self.stream = objective, size, stream
+        self.tokenizer, self._collate = tokenizer, collate
         self.masking = np.random.default_rng(seed)
-        end = tokenizer.sep_token_id
-        self._begin, self._end = tokenizer.cls_token_id, tokenizer.eos_token_id if end is None else end
+        end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        self._begin, self._end = tokenizer.cls_token_id, end
+        needs = {"end": end}
+        if objective != "clm":
+            needs |= {"cls": self._begin, "mask": tokenizer.mask_token_id}
+        missing = [name for name, number in needs.items() if number is None]
+        if missing:
+            raise UserError(f"--objective {objective} needs a tokenizer with the tokens {', '.join(missing)}")
 
     def state(self) -> dict[str, Any]:
         return {"stream": self.stream.state(), "masking": self.masking.bit_generator.state}

@@ -152,3 +152,12 @@ def test_masks_are_devlins(tmp_path):
     assert share[1:] / share[0] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
     short = data.mask_tokens({"input_ids": [0, 5, 1]}, Tokenizer(), draw)
     assert short["labels"] == [data.IGNORED, 5, data.IGNORED]
+
+
+def test_a_tokenizer_without_the_special_tokens(corpus, tmp_path):
+    from types import SimpleNamespace
+
+    bare = SimpleNamespace(sep_token_id=None, eos_token_id=1, cls_token_id=None, mask_token_id=None)
+    with pytest.raises(UserError, match="--objective mlm needs a tokenizer with the tokens cls, mask"):
+        data.Batches("mlm", 1, None, bare, None, 0)
+    data.Batches("clm", 1, None, bare, None, 0)
