@@ -61,7 +61,7 @@ def _parser() -> Parser:
         "gpt2, ...) of its usual size, with random weights",
     )
     info.add_argument(
-        "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
+        "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
     _add_tune(commands)
@@ -201,15 +201,15 @@ def _add_demo(commands: Any) -> None:
     )
     training = demo.add_argument_group("training")
     training.add_argument(
-        "--max-length", type=_whole(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
+        "--max-length", type=whole_number(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
     )
-    training.add_argument("--epochs", type=_whole(1, 10**6), default=2, metavar="N", help="(default: 2)")
-    training.add_argument("--batch-size", type=_whole(1, 10**6), default=16, metavar="N", help="(default: 16)")
-    training.add_argument("--steps", type=_whole(1, 10**9), metavar="N", help="stop each run after N batches")
+    training.add_argument("--epochs", type=whole_number(1, 10**6), default=2, metavar="N", help="(default: 2)")
+    training.add_argument("--batch-size", type=whole_number(1, 10**6), default=16, metavar="N", help="(default: 16)")
+    training.add_argument("--steps", type=whole_number(1, 10**9), metavar="N", help="stop each run after N batches")
     training.add_argument(
-        "--learning-rate", type=_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
+        "--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
     )
-    training.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    training.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     result = demo.add_argument_group("result")
     result.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(default: demo-output/)"
@@ -260,7 +260,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A converter of arguments to whole numbers from low to high."""
 
     def convert(text: str) -> int:
@@ -271,7 +271,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def _rate(text: str) -> float:
+def learning_rate(text: str) -> float:
     try:
         rate = float(text)
     except ValueError:

@@ -15,6 +15,7 @@ from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
+from fastformer.nn.recording import record
 from fastformer.ops.attention import attention_weights
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
@@ -176,6 +177,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **rules).to(out.dtype)
         else:
             out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        record(q, k, v, out, {"attn_mask": mask, "is_causal": is_causal})
         return self._project_out(out, seq_first), weights
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, where: PackedKeys, is_causal: bool) -> Tensor:
@@ -192,6 +194,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
+        record(q, k, v, out, {"is_causal": is_causal}, where.query.cu_seqlens, where.key.cu_seqlens)
         return F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
 
     def _nested(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
