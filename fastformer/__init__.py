@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastformer.version import __version__
 
 if TYPE_CHECKING:
-    from fastformer import nn, ops
+    from fastformer import compress, nn, ops
     from fastformer.info import info
     from fastformer.integrations import patch, unpatch
     from fastformer.tokenizer import BPETokenizer
@@ -26,9 +26,9 @@ _HOMES = {
     "patch": "fastformer.integrations",
     "unpatch": "fastformer.integrations",
 }
-_MODULES = ("nn", "ops")
+_MODULES = ("compress", "nn", "ops")
 
-__all__ = ["BPETokenizer", "__version__", "info", "nn", "ops", "patch", "unpatch"]
+__all__ = ["BPETokenizer", "__version__", "compress", "info", "nn", "ops", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
