@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastformer.compress.compacting import compact, shrink
 from fastformer.compress.gate import Gate
-from fastformer.compress.ladder import climb
+from fastformer.compress.ladder import check_rungs, climb
 from fastformer.compress.pruner import Pruner
 from fastformer.compress.report import CompressionReport, Evaluation
 from fastformer.compress.search import RateSearch
@@ -207,11 +207,13 @@ class AdaptiveCompressor:
 
         Raises:
             ValueError: called twice, an unknown rung, or rungs without `evaluate`.
+            ImportError: a rung needs torchao, which is missing.
         """
         if self.phase in ("finished", "failed"):
             raise ValueError(f"finish needs a running compression, got one that has {self.phase}")
         if rungs and evaluate is None:
             raise ValueError("rungs need evaluate, a function from a model to its metric, got None")
+        check_rungs(rungs)
         for hook in self._hooks:
             hook.remove()
         if self.phase == "dense":
@@ -386,7 +388,7 @@ class AdaptiveCompressor:
         masks = self.pruner.choose(rate, importance)
         small = copy.deepcopy(self.model)
         shrink(small, {site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
-        return self.target.measure(small) <= self._limit
+        return _from_first(self.target.measure(small) <= self._limit)
 
     def _rate_for_target(self, importance: list[Tensor]) -> float:
         highest = self.pruner.highest_rate

@@ -132,7 +132,8 @@ def apply_description(model: torch.nn.Module, spec: dict[str, Any]) -> None:
     for name, sizes in spec["sites"].items():
         if units.get(name) != sizes["of"]:
             raise ValueError(f"model must have {sizes['of']} {sizes['kind']} in {name}, got {units.get(name, 'none')}")
-        kept[name] = torch.arange(sizes["of"]) < sizes["kept"]
+        # On the CPU also where a loader makes everything on the meta device.
+        kept[name] = torch.arange(sizes["of"], device="cpu") < sizes["kept"]
     shrink(model, kept)
     for path, rank in spec["low_rank"].items():
         factorize(model, path, rank)

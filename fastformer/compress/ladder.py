@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
-from fastformer.compress.rungs import low_rank, quantize_int8
+from fastformer.compress.rungs import linear_layers, low_rank, quantize_int8
 
 RUNGS = ("low_rank", "int8", "int8_dynamic")
 _FIRST_ENERGY, _TRIALS = 0.5, 4
+
+
+def check_rungs(rungs: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown rung, ImportError for one whose library is missing."""
+    for rung in rungs:
+        if rung not in RUNGS:
+            raise ValueError(f"rungs must be among {RUNGS}, got {rung!r}")
+        if rung != "low_rank" and importlib.util.find_spec("torchao") is None:
+            raise ImportError(f"the rung {rung!r} needs torchao, which is not installed")
 
 
 def climb(
@@ -26,30 +36,27 @@ def climb(
 
     Args:
         model: a compact model.
-        rungs: in order.
+        rungs: in order, as `check_rungs` allows.
         evaluate: the metric of a model.
         holds: whether a metric is good enough.
 
     Returns:
         What was done, a line a rung, and the metric after the last one kept (None: none was).
-
-    Raises:
-        ValueError: an unknown rung, or one that cannot be applied to the model.
     """
-    for rung in rungs:
-        if rung not in RUNGS:
-            raise ValueError(f"rungs must be among {RUNGS}, got {rung!r}")
     notes: list[str] = []
     metric: float | None = None
     for rung in rungs:
-        found = _low_rank(model, evaluate, holds) if rung == "low_rank" else _int8(model, rung, evaluate, holds)
-        notes.append(found[0])
-        metric = metric if found[1] is None else found[1]
+        if not any(True for _ in linear_layers(model)):
+            notes.append(f"{rung}: the model has no linear layer that can be replaced")
+            continue
+        note, after = (_low_rank if rung == "low_rank" else _int8)(model, rung, evaluate, holds)
+        notes.append(note)
+        metric = metric if after is None else after
     return notes, metric
 
 
 def _low_rank(
-    model: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float], holds: Callable[[float], bool]
+    model: torch.nn.Module, rung: str, evaluate: Callable[[torch.nn.Module], float], holds: Callable[[float], bool]
 ) -> tuple[str, float | None]:
     low, high, best = 0.0, 1.0, None
     energy = _FIRST_ENERGY
@@ -65,9 +72,9 @@ def _low_rank(
             high = energy  # nothing gets smaller that keeps so much
         energy = (low + high) / 2
     if best is None:
-        return "low rank: no factors held the metric; left as it was", None
+        return f"{rung}: no factors held the metric; left as it was", None
     ranks = low_rank(model, best[0])
-    return f"low rank: {len(ranks)} layers factored, {best[0]:.0%} of the energy kept, metric {best[1]:.4f}", best[1]
+    return f"{rung}: {len(ranks)} layers factored, {best[0]:.0%} of the energy kept, metric {best[1]:.4f}", best[1]
 
 
 def _int8(

@@ -14,6 +14,15 @@ from torch import Tensor
 
 from fastformer.compress.describing import description, put
 from fastformer.compress.sites import find_sites
+from fastformer.integrations.swap import original_class
+
+_READERS = (
+    "torch.nn.modules.activation",
+    "torch.nn.modules.transformer",
+    "fastformer.nn.attention",
+    "fastformer.nn.layers",
+    "transformers.models.t5.modeling_t5",
+)
 
 
 class LowRankLinear(torch.nn.Module):
@@ -33,20 +42,20 @@ class LowRankLinear(torch.nn.Module):
 
 
 def linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The linear layers of attention and feed-forward: (path, module), each once."""
+    """The linear layers of attention and feed-forward that are called and not only read: (path, module), each once."""
     seen = set()
     for site in find_sites(model, trainable=False):
         for slot in site.slots:
             module = model.get_submodule(slot.module)
-            # torch.nn's attention and encoder layers read weights of their parts instead of calling them.
             if type(module) is torch.nn.Linear and not _is_read(model, slot.module) and slot.module not in seen:
                 seen.add(slot.module)
                 yield slot.module, module
 
 
 def _is_read(model: torch.nn.Module, path: str) -> bool:
+    """Whether the module around a linear layer reads its weight: torch.nn's own, and T5 its dtype."""
     parent = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(parent, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
+    return original_class(parent).__module__ in _READERS
 
 
 @torch.no_grad()
