@@ -14,11 +14,10 @@ import copy
 import csv
 import gzip
 import random
-import statistics
-import time
 from pathlib import Path
 
 import torch
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -36,30 +35,23 @@ def read(folder: Path, name: str) -> list[tuple[str, str]]:
 
 def load(args, texts, classes):  # type: ignore[no-untyped-def]
     """A model, its tokenizer, and how that one encodes texts."""
-    import transformers
-
     if args.model:
         tok = transformers.AutoTokenizer.from_pretrained(args.model)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=classes)
         return model, tok, lambda rows: tok(rows, truncation=True, max_length=args.max_length)["input_ids"]
     tok = ff.BPETokenizer.train(iter(texts), args.vocab, special_tokens=SPECIAL)
     pad, start, end = (tok.token_to_id(token) for token in SPECIAL)
-    config = transformers.BertConfig(
-        vocab_size=len(tok), hidden_size=args.width, num_hidden_layers=args.layers, pad_token_id=pad, num_labels=classes,
-        num_attention_heads=args.width // 32, intermediate_size=4 * args.width, max_position_embeddings=args.max_length,
-    )  # fmt: skip
+    sizes = {"hidden_size": args.width, "num_hidden_layers": args.layers, "num_attention_heads": args.width // 32}
+    sizes |= {"intermediate_size": 4 * args.width, "max_position_embeddings": args.max_length, "vocab_size": len(tok)}
+    config = transformers.BertConfig(**sizes, pad_token_id=pad, num_labels=classes)
     model = transformers.BertForSequenceClassification(config)
     return model, tok, lambda rows: [[start, *ids[: args.max_length - 2], end] for ids in tok.encode_batch(rows)]
 
 
 def collate(rows, pad):  # type: ignore[no-untyped-def]
-    ids, masks = zip(*((torch.tensor(row), torch.ones(len(row), dtype=torch.long)) for row, _ in rows), strict=True)
-    labels = torch.tensor([label for _, label in rows])
-    return {
-        "input_ids": pad_sequence(ids, True, pad),
-        "attention_mask": pad_sequence(masks, True),
-        "labels": labels,
-    }
+    ids = pad_sequence([torch.tensor(row) for row, _ in rows], True, pad)
+    real = pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _ in rows], True)
+    return {"input_ids": ids, "attention_mask": real, "labels": torch.tensor([label for _, label in rows])}
 
 
 def endless(rows, batch, pad):  # type: ignore[no-untyped-def]
@@ -86,31 +78,25 @@ def train(model, optimizer, schedule, batches, steps, title):  # type: ignore[no
         schedule.step()
 
 
-def cpu_times(models, rows, pad, backward, rounds=15):  # type: ignore[no-untyped-def]
-    """Median CPU seconds of each model on the same batches, taken in turns."""
-    times = [[] for _ in models]
-    for i in range(rounds):
-        batch = collate([rows[(64 * i + k) % len(rows)] for k in range(64)], pad)
-        for model, taken in zip(models, times, strict=True):
-            begun = time.process_time()
-            with torch.set_grad_enabled(backward):
-                loss = model.eval()(**batch).loss
-            if backward:
-                loss.backward()
-            taken.append(time.process_time() - begun)
-    return [statistics.median(taken) for taken in times]
-
-
 def main(arguments: list[str] | None = None) -> ff.compress.CompressionReport:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two files")
     parser.add_argument("--model", help="name or path of a checkpoint (default: a small new BERT)")
     parser.add_argument("--output", type=Path, default=Path("compress-output"))
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True)
-    numbers = {"rows": 20000, "test_rows": 5000, "batch": 64, "interval": 150, "evaluations": 40, "seed": 0}
+    numbers = {
+        "rows": 20000,
+        "test_rows": 5000,
+        "batch": 64,
+        "interval": 100,
+        "evaluations": 40,
+        "seed": 0,
+        "patience": 3,
+    }
     shape = {"max_length": 64, "vocab": 8000, "width": 128, "layers": 4}
     for name, default in {**numbers, **shape, "lr": 1e-3, "tolerance": 0.0075, "rise": 0.2}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
+        kind, text = type(default), f"default {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
     args = parser.parse_args(arguments)
 
     parts = [read(args.data, "train.csv"), read(args.data, "validation.csv")]
@@ -122,26 +108,23 @@ def main(arguments: list[str] | None = None) -> ff.compress.CompressionReport:
     rows, validation, test = (
         list(zip(encode([t for t, _ in part]), [classes.index(c) for _, c in part], strict=True)) for part in parts
     )
-    pad = model.config.pad_token_id or 0
+    pad, dense = model.config.pad_token_id or 0, []
     if args.patch:
         print(ff.patch(model))
-    dense = []
 
     def on_test(model):  # type: ignore[no-untyped-def]
         dense.append(copy.deepcopy(model))  # the first call is on the converged dense model
         return accuracy(model, test, pad)
 
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
     # Warm-up, then down to a fifth within six evaluations, and so it stays.
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min((n + 1) / 50, max(0.2, 1 - 0.8 * n / (6 * args.interval)))
-    )
-    compressor = ff.compress.AdaptiveCompressor(
-        model, optimizer, eval_size=len(validation), tolerance=args.tolerance, patience=3, rise=args.rise, test=on_test
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
+    falling = lambda n: min((n + 1) / 50, max(0.2, 1 - 0.8 * n / (6 * args.interval)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
+    gate = {"eval_size": len(validation), "tolerance": args.tolerance, "patience": args.patience, "rise": args.rise}
+    compressor = ff.compress.AdaptiveCompressor(model, optimizer, test=on_test, **gate)
     batches = endless(rows, args.batch, pad)
     for _ in range(args.evaluations):
-        train(model, optimizer, decay, batches, args.interval, compressor.phase)
+        train(model, optimizer, schedule, batches, args.interval, compressor.phase)
         print(compressor.update(accuracy(model, validation, pad)), flush=True)
         if compressor.done:
             break
@@ -154,29 +137,22 @@ def main(arguments: list[str] | None = None) -> ff.compress.CompressionReport:
     if not report.converged:
         return report
 
-    forward, both = (cpu_times([dense[0], model], test, pad, backward) for backward in (False, True))
-    # The same rate without the gate: all at once, then as many steps as the search took.
-    at_once = dense[0]
-    pruner = ff.compress.Pruner(at_once, ff.compress.find_sites(at_once))
-    at_once.zero_grad()
-    for _ in range(50):
-        at_once.train()(**next(batches)).loss.backward()
-        pruner.observe()
-        at_once.zero_grad()
-    pruner.apply(pruner.choose(report.rate, pruner.importance()))
-    ff.compress.compact(at_once)
-    results = [accuracy(at_once, test, pad)]
-    optimizer = torch.optim.AdamW(at_once.parameters(), 0.2 * args.lr)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    timed = [collate(test[i : i + 64], pad) for i in range(0, min(960, len(test)), 64)]
+    forward, both = (ff.compress.speedup(dense[0], model, timed, backward) for backward in (False, True))
     steps = sum(e.phase == "search" for e in report.history) * args.interval
-    train(at_once, optimizer, constant, batches, steps, "one shot")
-    results.append(accuracy(at_once, test, pad))
+    ff.compress.prune(dense[0].train(), report.rate, (dense[0](**next(batches)).loss for _ in range(50)))
+    ff.compress.compact(dense[0])
+    at_once = [accuracy(dense[0], test, pad)]
+    optimizer = torch.optim.AdamW(dense[0].parameters(), 0.2 * args.lr)
+    train(dense[0], optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), batches, steps, "one shot")
+    at_once.append(accuracy(dense[0], test, pad))
+    cells = [*report.test, *at_once]
     table = f"""| | dense | adaptive | one shot | one shot, {steps} steps later |
 |---|---|---|---|---|
-| accuracy on {len(test)} test rows | {report.test[0]:.4f} | {report.test[1]:.4f} | {results[0]:.4f} | {results[1]:.4f} |
-| encoder parameters | {report.encoder_parameters[0]:,} | {report.encoder_parameters[1]:,} | as adaptive | as adaptive |
-| forward, CPU time | 1× | {forward[0] / forward[1]:.2f}× faster | | |
-| forward and backward | 1× | {both[0] / both[1]:.2f}× faster | | |
+| accuracy on {len(test)} test rows | {" | ".join(f"{value:.4f}" for value in cells)} |
+| encoder parameters | {" | ".join(f"{count:,}" for count in report.encoder_parameters)} | as adaptive | as adaptive |
+| forward, CPU time | 1× | {forward:.2f}× faster | | |
+| forward and backward | 1× | {both:.2f}× faster | | |
 """
     figure = "![metric and rate over the steps](compression.png)"
     text = f"{table}\n{figure}\n\n{report.table()}\n\n```\n{report}\n```\n"

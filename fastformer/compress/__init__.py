@@ -3,7 +3,8 @@
 - `AdaptiveCompressor`: prunes attention heads and feed-forward channels while a model trains, as far as a validation
   metric allows, and takes back what it does not. `AdaptiveCompressionCallback` is the same for Hugging Face's Trainer.
 - `compact`: takes pruned units out; `save` and `load`: keep the result, without the object that made it.
-- `Pruner`, `find_sites`: the parts, for a rate of one's own. `low_rank`, `quantize_int8`: further rungs.
+- `prune`: a rate of one's own, at once; `Pruner` and `find_sites` are its parts. `low_rank`, `quantize_int8`: further
+  rungs. `speedup`, `latency`, `flops`: what came of it.
 - `share_layers`: parameters shared across layers.
 """
 
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastformer.compress.adaptive import AdaptiveCompressor
 from fastformer.compress.compacting import compact, shrink
-from fastformer.compress.pruner import Pruner
+from fastformer.compress.measuring import flops, latency, speedup
+from fastformer.compress.pruner import Pruner, prune
 from fastformer.compress.report import CompressionReport, Evaluation
 from fastformer.compress.rungs import low_rank, quantize_int8
 from fastformer.compress.saving import load, save
 from fastformer.compress.sharing import SharingReport, share_layers
 from fastformer.compress.sites import Site, Sites, find_sites
-from fastformer.compress.target import Target, flops, latency
+from fastformer.compress.target import Target
 
 if TYPE_CHECKING:
     from fastformer.compress.callback import AdaptiveCompressionCallback
@@ -41,10 +43,12 @@ __all__ = [
     "latency",
     "load",
     "low_rank",
+    "prune",
     "quantize_int8",
     "save",
     "share_layers",
     "shrink",
+    "speedup",
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.compress.sites import Site, Sites, parameter_of
+from fastformer.compress.sites import Site, Sites, parameter_of, require_sites
 
 
 class Pruner:
@@ -177,6 +177,33 @@ class Pruner:
         """Put the zeros back where an optimizer step has moved them."""
         for p, axis, places in self._zeros:
             p.data.index_fill_(axis, places, 0)
+
+
+def prune(model: torch.nn.Module, rate: float, losses: Iterable[Tensor], **options: Any) -> Pruner:
+    """Prune a model to a rate at once, without watching a metric; `compact` then takes the zeros out.
+
+    Args:
+        model: the model, in place.
+        rate: share of the prunable parameters to go, 0 to 1.
+        losses: of the model on some batches, each made when it is asked for: a generator.
+        options: of `Pruner`.
+
+    Returns:
+        The pruner: hold() after each optimizer step keeps the zeros, should training go on before `compact`.
+
+    Raises:
+        ValueError: `rate` is not between 0 and 1, nothing can be pruned, or there were no losses.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must lie between 0 and 1, got {rate!r}")
+    pruner = Pruner(model, require_sites(model), **options)
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+        pruner.observe()
+        model.zero_grad()
+    pruner.apply(pruner.choose(rate, pruner.importance()))
+    return pruner
 
 
 def moments(optimizer: Any, parameter: Tensor) -> list[Tensor]:

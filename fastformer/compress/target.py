@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastformer.integrations import unpatch
+from fastformer.compress.measuring import flops, latency
 
 
 @dataclass(frozen=True)
@@ -70,40 +67,3 @@ def lowest_rate(meets: Callable[[float], bool], highest: float, resolution: floa
         middle = (low + high) / 2
         low, high = (low, middle) if meets(middle) else (middle, high)
     return high
-
-
-def flops(model: torch.nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> float:
-    """FLOPs of one stock forward on `batch` (matrix products, convolutions and attention)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    stock = copy.deepcopy(model).eval()
-    unpatch(stock)
-    # torch.nn's fast path is one operator, which the counter does not know.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _call(stock, batch)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return float(counter.get_total_flops())
-
-
-def latency(model: torch.nn.Module, batch: Mapping[str, Any] | tuple[Any, ...], repeats: int = 9) -> float:
-    """Median wall time of one forward on `batch`, in seconds, after one to warm up."""
-    training = model.training
-    model.eval()
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            _call(model, batch)
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-    model.train(training)
-    return statistics.median(times[1:])
-
-
-def _call(model: torch.nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)

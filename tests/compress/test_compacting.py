@@ -7,7 +7,21 @@ import torch
 
 import fastformer as ff
 import fastformer.nn as fnn
-from fastformer.compress import Pruner, compact, find_sites, load, low_rank, quantize_int8, save, share_layers, shrink
+from fastformer.compress import (
+    Pruner,
+    compact,
+    find_sites,
+    flops,
+    latency,
+    load,
+    low_rank,
+    prune,
+    quantize_int8,
+    save,
+    share_layers,
+    shrink,
+    speedup,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5")
 import zoo  # noqa: E402
@@ -41,9 +55,9 @@ def seq2seq(name):
     else:
         sides = {f"{side}_{what}": n for side in ("encoder", "decoder")
                  for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 80))}  # fmt: skip
-        model = transformers.BartForConditionalGeneration(
-            transformers.BartConfig(vocab_size=zoo.VOCAB, d_model=48, dropout=0.0, **sides)
-        )
+        prefix = {"bart": "Bart", "mbart": "MBart"}[name]
+        config = getattr(transformers, f"{prefix}Config")(vocab_size=zoo.VOCAB, d_model=48, dropout=0.0, **sides)
+        model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
     batch = zoo.batch([zoo.WIDTH, 5, 9])
     return model, {**batch, "labels": batch["input_ids"]}
 
@@ -52,7 +66,7 @@ def build(family):
     """A random model in evaluation and the arguments of one call."""
     if family == "vit":
         model, batch = vit()
-    elif family in ("t5", "bart"):
+    elif family in ("t5", "bart", "mbart"):
         model, batch = seq2seq(family)
     else:
         model, batch = zoo.build(family, HEAD), zoo.batch([zoo.WIDTH, 5, 9])
@@ -87,7 +101,7 @@ def same(a, b, batch):
     return (a(**batch).logits - b(**batch).logits).abs().max() < 1e-6
 
 
-FAMILIES = [*(f for f in zoo.FAMILIES if f != "gpt_oss"), "vit", "t5", "bart"]
+FAMILIES = [*(f for f in zoo.FAMILIES if f != "gpt_oss"), "vit", "t5", "bart", "mbart"]
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
@@ -211,6 +225,49 @@ def test_torch_nn(norm_first, patched, tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="pruned heads"):
         small.layers[0].self_attn(x, x, x)  # weights with a gradient are stock's to compute
+
+
+def test_pruned_at_once_and_measured():
+    model, batch = build("bert")
+    dense = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="rate must lie between 0 and 1, got 2"):
+        prune(model, 2, [])
+    with pytest.raises(ValueError, match="needs gradients"):
+        prune(model, 0.5, [])
+    pruner = prune(model, 0.5, (model(**batch).loss for _ in range(2)), multiple_of=4)
+    assert 0.4 < pruner.rate <= 0.51
+    compact(model)
+    assert flops(model, batch) < 0.7 * flops(dense, batch)
+    assert latency(model, batch, repeats=2) > 0
+    assert speedup(dense, model, [batch], backward=True) > 0
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="at least one batch"):
+        speedup(dense, model, [])
+
+
+def test_importance_is_the_derivative_by_a_factor_on_the_unit():
+    model, batch = build("bert")
+    site = find_sites(model).sites[0]
+    model(**batch).loss.backward()
+    scores = site.gate_scores(model)
+    output = model.bert.encoder.layer[0].attention.output.dense
+    factors = torch.ones(4, requires_grad=True)
+    output.register_forward_pre_hook(lambda module, args: (args[0] * factors.repeat_interleave(12),))
+    model(**batch).loss.backward()
+    assert (scores - factors.grad).abs().max() < 1e-6
+
+
+def test_scores_do_not_depend_on_the_scale_of_the_loss():
+    rankings = []
+    for scale in (1.0, 1024.0):
+        model, batch = build("bert")
+        pruner = Pruner(model, find_sites(model))
+        for _ in range(2):
+            (model(**batch).loss * scale).backward()
+            pruner.observe()
+            model.zero_grad()
+        rankings.append(torch.cat(pruner.importance()))
+    assert torch.allclose(*rankings, rtol=1e-4)
 
 
 def test_optimizer_goes_on_with_a_compact_model():
