@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a device: compared and hashed by identity, at every launch
 class Target:
     """One kind of device.
 
@@ -69,6 +69,11 @@ def assume(target: Target) -> Iterator[None]:
         yield
     finally:
         _assumed = before
+
+
+def assumed() -> bool:
+    """Whether `assume` is at work: launchers then compile for a device that is not there."""
+    return _assumed is not None
 
 
 def target_of(device: torch.device) -> Target:

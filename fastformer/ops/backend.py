@@ -7,15 +7,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
 _CHOICES = ("auto", "triton", "torch")
 MINIMUM_TRITON = (3, 6)
+_standing_in = False
 
 
 def forced_backend() -> str:
@@ -52,6 +55,8 @@ def backend_for(device: torch.device) -> str:
     Raises:
         RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
     """
+    if _standing_in:
+        return "triton"
     choice = forced_backend()
     if choice == "torch" or (choice == "auto" and device.type != "cuda"):
         return "torch"
@@ -66,3 +71,19 @@ def backend_for(device: torch.device) -> str:
             )
         return "triton"
     return "triton" if usable else "torch"
+
+
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """Take the kernels' way for tensors on any device, where something stands in for the launches."""
+    global _standing_in
+    before, _standing_in = _standing_in, True
+    try:
+        yield
+    finally:
+        _standing_in = before
+
+
+def is_standing_in() -> bool:
+    """Whether something stands in for the launches."""
+    return _standing_in
