@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -12,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.compress.compacting import compact, shrink
+from fastformer.compress.compacting import compact
 from fastformer.compress.gate import Gate
 from fastformer.compress.ladder import check_rungs, climb
+from fastformer.compress.loops import from_first, is_capturing, torch_optimizer
 from fastformer.compress.pruner import Pruner
 from fastformer.compress.report import CompressionReport, Evaluation
 from fastformer.compress.search import RateSearch
-from fastformer.compress.sites import require_sites
+from fastformer.compress.sites import count_parameters, require_sites
 from fastformer.compress.snapshot import Snapshot
-from fastformer.compress.target import Target, lowest_rate
+from fastformer.compress.target import Aim, Target
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class AdaptiveCompressor:
     last rate that held, and the search bisects. The learning rate is the loop's own and runs on.
 
     Pruned units are zeros in ordinary weights, so checkpoints and state_dict are stock's at any time. With several
-    processes, rank 0's metric and importance decide for all. A run cannot be resumed from a checkpoint in the middle.
+    processes, rank 0's metric and importance decide for all. A run cannot be resumed from a checkpoint in the middle,
+    and the optimizer's step cannot be part of a CUDA graph. The last good state takes as much memory as the weights and
+    the optimizer's moments.
 
     Args:
         model: a Hugging Face or torch.nn model, patched or not, on one device or replicated (DDP: pass model.module).
@@ -114,7 +116,7 @@ class AdaptiveCompressor:
         uniform: bool = False,
     ) -> None:
         sites = require_sites(model)
-        self.optimizer = _torch_optimizer(optimizer)
+        self.optimizer = torch_optimizer(optimizer)
         self.gate = Gate(tolerance, eval_size, standard_error, greater_is_better, reference)
         for name, value in (("patience", patience), ("recovery", recovery)):
             if not isinstance(value, int) or value < 1:
@@ -124,9 +126,10 @@ class AdaptiveCompressor:
                 raise ValueError(f"{name} must lie between 0 and 1, got {share!r}")
         self.model, self.sites, self.test = model, sites, test
         self.pruner = Pruner(model, sites, keep_heads, keep_channels, multiple_of, uniform)
-        self.patience, self.recovery, self.target = patience, recovery, target
+        self.patience, self.recovery = patience, recovery
         self.snapshot_device = snapshot_device
         self.search = RateSearch(rise, min(max_rate, self.pruner.highest_rate), resolution)
+        self._highest = self.search.highest
         self.phase = "dense"
         self.history: list[Evaluation] = []
         self.notes: list[str] = []
@@ -136,10 +139,8 @@ class AdaptiveCompressor:
         self._trial = 0.0
         self._bad_step: Tensor | None = None
         self._dense_test: float | None = None
-        self._sizes = (_count(model), _encoder_count(model, sites))
-        self._limit = None if target is None else target.limit(target.measure(model))
-        if target is not None and not self._meets(self.pruner.highest_rate, [torch.ones(s.units) for s in sites]):
-            raise ValueError(f"target must be within reach, got {target}: pruning all that may go does not meet it")
+        self._sizes = count_parameters(model, sites)
+        self._aim = None if target is None else Aim(target, self.pruner)
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -173,7 +174,7 @@ class AdaptiveCompressor:
         """
         if self.phase in ("finished", "failed"):
             raise ValueError(f"update needs a running compression, got one that has {self.phase}")
-        metric = _from_first(float(metric))
+        metric = from_first(float(metric))
         bad = -1 if self._bad_step is None else int(self._bad_step)
         if bad >= 0:
             self._fail(f"gradients were not finite at optimizer step {bad}")
@@ -225,10 +226,10 @@ class AdaptiveCompressor:
             self.phase = "finished"
             return self._report()
         known = self._good is not None
-        if self.phase == "search" and self.target is not None:
+        if self.phase == "search" and self._aim is not None:
             self._go_back()
-            if not self._meets_now():
-                self._force()
+            if not self._aim.is_met():
+                self._force(self._aim)
                 self.notes.append(
                     "the target was forced at the end, without training after it; the metric is not known"
                 )
@@ -278,9 +279,6 @@ class AdaptiveCompressor:
         if self.test is not None:
             self._dense_test = float(self.test(self.model))
         self.phase = "search"
-        if self.target is not None:
-            needed = self._rate_for_target(good.importance)
-            self.search.highest = min(self.search.highest, needed)
         self._try_next()
         return "converged"
 
@@ -327,29 +325,33 @@ class AdaptiveCompressor:
         self.notes.append(note)
 
     def _try_next(self) -> None:
-        rate = None if self.target is not None and self._meets_now() else self.search.next()
+        """Prune to the next rate, from the last good state, or end the search."""
+        assert self._good is not None
+        met = self._aim is not None and self._aim.is_met()
+        if self._aim is not None and not met:
+            self.search.highest = min(self._highest, self._aim.rate(self._good.importance))
+        rate = None if met else self.search.next()
         if rate is not None:
-            assert self._good is not None
             self._trial, self._left = rate, self.recovery
             self.pruner.apply(self.pruner.choose(rate, self._good.importance), self.optimizer)
-        elif self.target is not None and not self._meets_now():
-            self._note(f"the metric did not allow the target ({self.target}); the model is brought to it all the same")
-            self._force()
+        elif self._aim is not None and not met:
+            self._note(f"the metric did not allow the target ({self._aim}); the model is brought to it all the same")
+            self._force(self._aim)
             self._good, self.phase, self._left = None, "target", self.recovery
         else:
             self._go_back()
             self.phase = "done"
 
-    def _force(self) -> None:
+    def _force(self, aim: Aim) -> None:
         """Prune to the target, from the last good state."""
         importance = self._go_back().importance
-        self.pruner.apply(self.pruner.choose(self._rate_for_target(importance), importance), self.optimizer)
+        self.pruner.apply(self.pruner.choose(aim.rate(importance), importance), self.optimizer)
 
     # States
 
     def _keep(self, metric: float) -> None:
         try:
-            importance = _from_first(self.pruner.importance())
+            importance = from_first(self.pruner.importance())
         except ValueError:
             if self._good is None:
                 raise
@@ -380,27 +382,13 @@ class AdaptiveCompressor:
         self.phase = "failed"
         raise FloatingPointError(f"{where}; {state}")
 
-    # The target
-
-    def _meets(self, rate: float, importance: list[Tensor]) -> bool:
-        assert self.target is not None
-        assert self._limit is not None
-        masks = self.pruner.choose(rate, importance)
-        small = copy.deepcopy(self.model)
-        shrink(small, {site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
-        return _from_first(self.target.measure(small) <= self._limit)
-
-    def _rate_for_target(self, importance: list[Tensor]) -> float:
-        highest = self.pruner.highest_rate
-        found = lowest_rate(lambda rate: self._meets(rate, importance), highest, 0.005)
-        return highest if found is None else found
-
-    def _meets_now(self) -> bool:
-        return self._meets(0.0, [torch.ones(site.units) for site in self.sites])
-
     # Hooks of the optimizer
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
+        if is_capturing():
+            raise RuntimeError(
+                "adaptive compression cannot run inside a CUDA graph: leave the optimizer's step out of it"
+            )
         self._step += 1
         finite = self.pruner.observe()
         if finite is None or getattr(optimizer, "found_inf", None) is not None:
@@ -424,10 +412,8 @@ class AdaptiveCompressor:
         metric: float | None = None,
     ) -> CompressionReport:
         reference = None if layers is None else self.gate.reference
-        target = None
-        if self.target is not None:
-            assert self._limit is not None
-            target = (str(self.target), self.target.measure(self.model) <= self._limit)
+        target = None if self._aim is None else (str(self._aim), self._aim.holds(self.model))
+        parameters, encoder_parameters = zip(self._sizes, count_parameters(self.model, self.sites), strict=True)
         return CompressionReport(
             history=self.history,
             reference=reference,
@@ -435,36 +421,11 @@ class AdaptiveCompressor:
             standard_error=None if reference is None else self.gate.error(reference),
             metric=metric,
             rate=rate,
-            parameters=(self._sizes[0], _count(self.model)),
-            encoder_parameters=(self._sizes[1], _encoder_count(self.model, self.sites)),
+            parameters=parameters,
+            encoder_parameters=encoder_parameters,
             layers=layers or {},
             skipped=self.sites.skipped,
             greater_is_better=self.gate.greater_is_better,
             target=target,
             notes=self.notes,
         )
-
-
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be one of torch.optim's or wrap one, got {type(optimizer).__name__}")
-    return inner
-
-
-def _from_first(value: Any) -> Any:
-    """Rank 0's value on every process."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _encoder_count(model: torch.nn.Module, sites: Any) -> int:
-    layers = dict.fromkeys(site.layer for site in sites)
-    return len(layers) and sum({id(p): p.numel() for n in layers for p in model.get_submodule(n).parameters()}.values())

@@ -80,11 +80,11 @@ def _leave_stock_attention(model: torch.nn.Module, site: Site, attention: torch.
 def describe(model: torch.nn.Module, kept: dict[str, Tensor]) -> dict[str, Any]:
     """The description of a model after `shrink(model, kept)`, put on the model and its configuration."""
     spec = description(model)
+    kinds = {site.name: site.kind for site in find_sites(model, trainable=False)}
     for name, mask in kept.items():
-        before = spec["sites"].get(name, {"of": len(mask)})
-        kind = next(site.kind for site in find_sites(model, trainable=False) if site.name == name)
-        if int(mask.sum()) < before["of"]:
-            spec["sites"][name] = {"kind": kind, "kept": int(mask.sum()), "of": before["of"]}
+        dense = spec["sites"].get(name, {"of": len(mask)})["of"]
+        if int(mask.sum()) < dense:
+            spec["sites"][name] = {"kind": kinds[name], "kept": int(mask.sum()), "of": dense}
     _tell_config(model, spec)
     put(model, spec)
     return spec
@@ -98,11 +98,15 @@ def _tell_config(model: torch.nn.Module, spec: dict[str, Any]) -> None:
     sites = list(find_sites(model, trainable=False))
     for field in {site.config_width for site in sites if site.config_width is not None}:
         alike = [site for site in sites if site.config_width == field]
-        if hasattr(config, field) and _same(alike):
+        described = [spec["sites"][site.name] for site in alike if site.name in spec["sites"]]
+        # A field that did not tell the dense size is another model's business (a composite configuration's, say).
+        tells = all(getattr(config, field, None) in (None, sizes["of"]) for sizes in described)
+        if described and hasattr(config, field) and tells and _same(alike):
             setattr(config, field, alike[0].units)
             _forget(spec, alike)
     heads = [site for site in sites if site.kind == "heads"]
-    if heads and all(site.heads_in_config for site in heads) and _same(heads):
+    pruned = any(site.name in spec["sites"] for site in heads)
+    if pruned and all(site.heads_in_config for site in heads) and _same(heads):
         attention: Any = model.get_submodule(heads[0].name)
         config.head_dim = attention.head_dim
         config.num_key_value_heads = heads[0].units

@@ -173,6 +173,13 @@ def parameter_of(model: torch.nn.Module, slot: Slot) -> torch.nn.Parameter:
     return getattr(model.get_submodule(slot.module), slot.parameter)
 
 
+def count_parameters(model: torch.nn.Module, sites: Sites) -> tuple[int, int]:
+    """Parameters of the whole model, and of its layers that have sites, each counted once."""
+    whole = sum(p.numel() for p in model.parameters())
+    layers = [model.get_submodule(path) for path in dict.fromkeys(site.layer for site in sites)]
+    return whole, sum({id(p): p.numel() for layer in layers for p in layer.parameters()}.values())
+
+
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether a module is GPT-2's linear layer, whose weight is [in, out]."""
     return class_path(module) == _CONV1D

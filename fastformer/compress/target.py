@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastformer.compress.compacting import shrink
+from fastformer.compress.loops import from_first
 from fastformer.compress.measuring import flops, latency
+from fastformer.compress.pruner import Pruner
+
+_RESOLUTION = 0.005  # of the rate that meets a target
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,47 @@ class Target:
         return value * dense if self.latency is None and value < 1 else value
 
 
-def lowest_rate(meets: Callable[[float], bool], highest: float, resolution: float) -> float | None:
-    """The lowest rate, to `resolution`, at which `meets` holds; None if it does not even at the highest."""
-    if not meets(highest):
-        return None
-    low, high = 0.0, highest
-    while high - low > resolution:
-        middle = (low + high) / 2
-        low, high = (low, middle) if meets(middle) else (middle, high)
-    return high
+class Aim:
+    """A target for one model.
+
+    Args:
+        target: the target.
+        pruner: of the model, which is dense yet.
+
+    Raises:
+        ValueError: pruning all that may go does not meet it.
+    """
+
+    def __init__(self, target: Target, pruner: Pruner) -> None:
+        self._target, self._pruner = target, pruner
+        self._limit = target.limit(target.measure(pruner.model))
+        if not self._meets(pruner.highest_rate, self._any()):
+            raise ValueError(f"target must be within reach, got {target}: pruning all that may go does not meet it")
+
+    def __str__(self) -> str:
+        return str(self._target)
+
+    def holds(self, model: torch.nn.Module) -> bool:
+        """Whether a model without masks meets the target; rank 0's answer on every process."""
+        return from_first(self._target.measure(model) <= self._limit)
+
+    def is_met(self) -> bool:
+        """Whether the model would meet it if what is pruned now were taken out."""
+        return self._meets(0.0, self._any())
+
+    def rate(self, importance: list[Tensor]) -> float:
+        """The lowest rate that meets it, to half a percent, if units go by `importance`."""
+        low, high = 0.0, self._pruner.highest_rate
+        while high - low > _RESOLUTION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._meets(middle, importance) else (middle, high)
+        return high
+
+    def _meets(self, rate: float, importance: list[Tensor]) -> bool:
+        small = copy.deepcopy(self._pruner.model)
+        masks = self._pruner.choose(rate, importance)
+        shrink(small, {site.name: mask for site, mask in zip(self._pruner.sites, masks, strict=True)})
+        return self.holds(small)
+
+    def _any(self) -> list[Tensor]:
+        return [torch.ones(site.units) for site in self._pruner.sites]

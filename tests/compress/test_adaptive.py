@@ -279,6 +279,13 @@ def test_bad_targets(options, message):
         Target(**options)
 
 
+def test_steps_inside_a_cuda_graph_are_refused(monkeypatch):
+    model, optimizer, _ = make()
+    monkeypatch.setattr("fastformer.compress.adaptive.is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot run inside a CUDA graph"):
+        train(model, optimizer)
+
+
 def test_bad_calls():
     model, optimizer, compressor = make()
     with pytest.raises(ValueError, match="train at least one step"):

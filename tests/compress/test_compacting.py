@@ -227,6 +227,20 @@ def test_torch_nn(norm_first, patched, tmp_path):
         small.layers[0].self_attn(x, x, x)  # weights with a gradient are stock's to compute
 
 
+def test_compacted_twice(tmp_path):
+    model, batch, _ = masked("bert", rate=0.3)
+    compact(model)
+    pruner = Pruner(model, find_sites(model), multiple_of=4)
+    # Now evenly, which the configuration can tell of channels but not of heads.
+    pruner.apply([torch.arange(site.units) < {"heads": 1, "channels": 12}[site.kind] for site in pruner.sites])
+    spec = compact(model)
+    assert model.config.intermediate_size == 12
+    assert {sizes["of"] for sizes in spec["sites"].values()} == {4}
+    assert {sizes["kept"] for sizes in spec["sites"].values()} == {1}
+    save(model, tmp_path)
+    assert same(load(tmp_path), model, batch)
+
+
 def test_pruned_at_once_and_measured():
     model, batch = build("bert")
     dense = copy.deepcopy(model)
