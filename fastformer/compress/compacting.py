@@ -10,11 +10,12 @@ from torch import Tensor
 
 import fastformer.nn as fnn
 from fastformer.compress.describing import description, put
+from fastformer.compress.families import LAYERS
 from fastformer.compress.pruner import moments
 from fastformer.compress.rungs import factorize
 from fastformer.compress.sharing import tie
 from fastformer.compress.sites import Site, find_sites, parameter_of, require_sites
-from fastformer.integrations.swap import restore
+from fastformer.integrations.swap import class_path, restore
 
 
 def shrink(model: torch.nn.Module, kept: dict[str, Tensor], optimizer: Any = None) -> None:
@@ -96,17 +97,19 @@ def _tell_config(model: torch.nn.Module, spec: dict[str, Any]) -> None:
     if config is None:
         return
     sites = list(find_sites(model, trainable=False))
+    tables = [table for module in model.modules() if (table := LAYERS.get(class_path(module))) is not None]
     for field in {site.config_width for site in sites if site.config_width is not None}:
         alike = [site for site in sites if site.config_width == field]
         described = [spec["sites"][site.name] for site in alike if site.name in spec["sites"]]
         # A field that did not tell the dense size is another model's business (a composite configuration's, say).
         tells = all(getattr(config, field, None) in (None, sizes["of"]) for sizes in described)
-        if described and hasattr(config, field) and tells and _same(alike):
+        whole = len(alike) == sum(table.config_width == field for table in tables)
+        if described and hasattr(config, field) and tells and whole and _same(alike):
             setattr(config, field, alike[0].units)
             _forget(spec, alike)
-    heads = [site for site in sites if site.kind == "heads"]
+    heads = [site for site in sites if site.heads_in_config]
     pruned = any(site.name in spec["sites"] for site in heads)
-    if pruned and all(site.heads_in_config for site in heads) and _same(heads):
+    if pruned and len(heads) == sum(table.heads_in_config for table in tables) and _same(heads):
         attention: Any = model.get_submodule(heads[0].name)
         config.head_dim = attention.head_dim
         config.num_key_value_heads = heads[0].units

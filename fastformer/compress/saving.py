@@ -63,6 +63,8 @@ def load(folder: str | Path, model: torch.nn.Module | None = None, **kwargs: Any
         raise FileNotFoundError(f"folder must hold a saved model, got {folder} without {weights.name} or config.json")
     if not weights.exists():
         return _load_pretrained(folder, config_file, kwargs)
+    if kwargs:
+        raise ValueError(f"{folder} was not saved by save_pretrained, so load takes no {sorted(kwargs)}")
     spec = json.loads(sizes.read_text(encoding="utf-8"))
     if model is None:
         if not config_file.exists():
