@@ -50,7 +50,7 @@ def triton_status() -> tuple[bool, str]:
 
 
 def backend_for(device: torch.device) -> str:
-    """ "triton" or "torch" for tensors on `device`.
+    """ "triton" or "torch" for tensors on `device`. Tensors on "meta" have shapes only, which PyTorch's operators tell.
 
     Raises:
         RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
@@ -58,13 +58,14 @@ def backend_for(device: torch.device) -> str:
     if _standing_in:
         return "triton"
     choice = forced_backend()
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+    kind = device.type
+    if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
     usable, why = triton_status()
     if choice == "triton":
         if not usable:
             raise RuntimeError(f"FASTFORMER_BACKEND=triton, but {why}")
-        if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
                 f"FASTFORMER_BACKEND=triton, but tensors on {device} can run Triton kernels only "
                 "in its interpreter (TRITON_INTERPRET=1)"
@@ -87,3 +88,9 @@ def standing_in() -> Iterator[None]:
 def is_standing_in() -> bool:
     """Whether something stands in for the launches."""
     return _standing_in
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
