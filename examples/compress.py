@@ -84,16 +84,8 @@ def main(arguments: list[str] | None = None) -> ff.compress.CompressionReport:
     parser.add_argument("--model", help="name or path of a checkpoint (default: a small new BERT)")
     parser.add_argument("--output", type=Path, default=Path("compress-output"))
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True)
-    numbers = {
-        "rows": 20000,
-        "test_rows": 5000,
-        "batch": 64,
-        "interval": 100,
-        "evaluations": 40,
-        "seed": 0,
-        "patience": 3,
-    }
-    shape = {"max_length": 64, "vocab": 8000, "width": 128, "layers": 4}
+    numbers = {"rows": 6000, "test_rows": 5000, "batch": 32, "interval": 60, "evaluations": 40, "seed": 0}
+    shape = {"max_length": 48, "vocab": 8000, "width": 128, "layers": 4, "patience": 3}
     for name, default in {**numbers, **shape, "lr": 1e-3, "tolerance": 0.0075, "rise": 0.2}.items():
         kind, text = type(default), f"default {default}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)

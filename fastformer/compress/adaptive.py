@@ -74,7 +74,7 @@ class AdaptiveCompressor:
         patience: evaluations without progress after which the dense model counts as converged.
         recovery: evaluations that a new rate gets.
         rise: how much the rate rises at a time; resolution: where bisection ends; max_rate: where the search stops.
-            All in shares of the prunable parameters.
+            All in shares of the prunable parameters, met to within half a head.
         target: a hard target. The search stops there; if the metric forbids it, the model is brought to it all the
             same, at the end, and the report says that the tolerance is not held.
         test: called with the model on the dense and on the final one, for the report alone: a metric on data that

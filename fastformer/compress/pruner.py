@@ -109,7 +109,9 @@ class Pruner:
     # Masks
 
     def choose(self, rate: float, importance: list[Tensor]) -> list[Tensor]:
-        """The masks that bring the model to `rate`, or just below: what is pruned stays so, the least important go.
+        """The masks that bring the model to `rate`: what is pruned stays so, the least important go.
+
+        A unit goes if at least half of it is asked for; channels are kept up to the next multiple of `multiple_of`.
 
         Args:
             rate: share of the prunable parameters to be gone, 0 to 1.
@@ -130,7 +132,7 @@ class Pruner:
             int((~kept).sum()) * cost for kept, cost in zip(self.kept, self.costs, strict=True)
         )
         for _, i, _unit in order:
-            # A unit goes if at least half of it is asked for; cheaper ones may still fit.
+            # Where a head is too much, cheaper channels may still fit.
             if left >= self.costs[i] / 2 and wanted[i] > self.least[i]:
                 wanted[i] -= 1
                 left -= self.costs[i]

@@ -123,7 +123,8 @@ class CompressionReport:
             metric.axhline(floor, color="C3", linewidth=1, linestyle="--", label="tolerance")
         metric.set_ylabel("metric on the gate's data")
         metric.legend(fontsize="small", ncols=3)
-        rate.step(steps, [e.rate * 100 for e in self.history], where="post", color="C0")
+        # A rate holds from the evaluation before the one it is judged by.
+        rate.step(steps, [e.rate * 100 for e in self.history], where="pre", color="C0")
         rate.set_ylabel("pruned, % of layers' parameters")
         rate.set_xlabel("optimizer steps")
         rate.set_ylim(0, 100)
