@@ -79,11 +79,15 @@ def _add_tune(commands: Any) -> None:
     )
     tune.add_argument("--output", type=Path, default=Path("tiles.json"), metavar="FILE", help="(default: tiles.json)")
     tune.add_argument(
-        "--head-dim", type=_whole(1, 256), action="append", metavar="N", help="(repeatable; default: 64, 128, 256)"
+        "--head-dim",
+        type=whole_number(1, 256),
+        action="append",
+        metavar="N",
+        help="(repeatable; default: 64, 128, 256)",
     )
     tune.add_argument(
         "--length",
-        type=_whole(1, 1 << 20),
+        type=whole_number(1, 1 << 20),
         action="append",
         metavar="N",
         help="tokens a sequence, one for each class up to 128, 512, 2048 and longer (repeatable; default: 128, 512, "

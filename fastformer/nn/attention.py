@@ -65,6 +65,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             else self._why_not_fused(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         )
         if reason:
+            if self.num_heads * self.head_dim != self.embed_dim:
+                raise ValueError(f"attention with pruned heads has no stock forward to take for this call: {reason}")
             count_fallback("MultiheadAttention", reason)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -254,13 +256,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._project_query(query), *self._project_keys(key, value)
 
     def _project_query(self, query: Tensor) -> Tensor:
-        size = self.embed_dim
+        size = self.num_heads * self.head_dim  # less than embed_dim where heads were pruned
         weight = self.in_proj_weight[:size] if self._qkv_same_embed_dim else self.q_proj_weight
         bias = None if self.in_proj_bias is None else self.in_proj_bias[:size]
         return F.linear(query, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
 
     def _project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.embed_dim
+        size = self.num_heads * self.head_dim  # less than embed_dim where heads were pruned
         bias = None if self.in_proj_bias is None else self.in_proj_bias[size:]
         if self._qkv_same_embed_dim and key is value:
             joint = F.linear(key, self.in_proj_weight[size:], bias)
