@@ -30,8 +30,11 @@ def cases(folder: Path) -> list[tuple[str, Callable[[], Row]]]:
     return [(path.relative_to(ROOT).as_posix(), functools.partial(tests, path, log)) for path in files]
 
 
-def tests(path: Path, log: Path) -> Row:
+def tests(path: Path, log: Path, *options: str) -> Row:
     """pytest over one file; its output goes to the end of `log`.
+
+    Args:
+        options: further ones of pytest's command line.
 
     Raises:
         WrongResult: a test failed, none passed, or they took too long.
@@ -42,7 +45,9 @@ def tests(path: Path, log: Path) -> Row:
     environment = {**os.environ, "FASTFORMER_TEST_DEVICE": "cuda"}
     if rehearsing():
         environment |= {"FASTFORMER_TEST_DEVICE": "cpu", "FASTFORMER_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "--tb=short", "-rs"]
+    # A rehearsal pays for no GPU, and the interpreter shares its cores with whatever else runs.
+    seconds = 4 * SECONDS if rehearsing() else SECONDS
+    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "--tb=short", "-rs", *options]
     if not rehearsing() and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     with tempfile.TemporaryDirectory() as scratch, log.open("a") as out:
@@ -53,12 +58,12 @@ def tests(path: Path, log: Path) -> Row:
                 [*command, f"--junitxml={report}"],
                 cwd=ROOT,
                 env=environment,
-                timeout=SECONDS,
+                timeout=seconds,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             ).returncode
         except subprocess.TimeoutExpired as error:
-            raise WrongResult(f"took longer than {SECONDS} s; what it compiled is kept, so try again") from error
+            raise WrongResult(f"took longer than {seconds} s; what it compiled is kept, so try again") from error
         if not report.exists():
             raise WrongResult(f"pytest exited with status {status} before its report; see {log}")
         counts, failed = _read(report)

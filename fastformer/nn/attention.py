@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
+from fastformer.nn.recording import record
 from fastformer.ops.attention import attention_weights
 from fastformer.ops.backend import backend_for
+from fastformer.ops.random import draw_seed
 
 
 @stands_for(torch.nn.MultiheadAttention)
@@ -23,9 +26,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: same arguments, initialisation, state_dict, results and errors.
 
     Runs fused in training as in inference, with any combination of arguments and masks, and with nested tensors in
-    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Three things
-    take the stock arithmetic and are counted: weights (need_weights=True, the default) that need a gradient or were
-    dropped from, and input that torch.nn refuses. Weights without a gradient take the memory of the result alone.
+    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Weights
+    (need_weights=True, the default) take the memory of the result alone, in training and after dropout too, where the
+    Triton kernels run. What takes the stock arithmetic is counted: input that torch.nn refuses and, on the CPU,
+    weights that need a gradient or were dropped from.
     """
 
     def forward(
@@ -92,10 +96,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> str:
-        if need_weights:
+        if need_weights and backend_for(query.device) == "torch":
             if self.dropout and self.training:
                 return "weights after dropout"
-            # Maps at flash memory have no derivative; torch.nn's have, and some losses use it.
+            # Recomputing the maps saves memory, not time, and a host has memory.
             tensors = (query, key, attn_mask, *self.parameters())
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
                 return "weights with a gradient"
@@ -163,12 +167,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            out, lse = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, return_lse=True)
-            weights = attention_weights(
-                q, k, lse, attn_mask=mask, is_causal=is_causal, average_heads=average_attn_weights
-            ).to(out.dtype)
+            # torch.nn returns what dropout left of the weights.
+            seed = draw_seed(q.device) if dropout_p else None
+            rules: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": is_causal,
+                "dropout_p": dropout_p,
+                "dropout_seed": seed,
+            }
+            out, lse = ops.scaled_dot_product_attention(q, k, v, return_lse=True, **rules)
+            weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **rules).to(out.dtype)
         else:
             out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        record(q, k, v, out, {"attn_mask": mask, "is_causal": is_causal})
         return self._project_out(out, seq_first), weights
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, where: PackedKeys, is_causal: bool) -> Tensor:
@@ -185,6 +196,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
+        record(q, k, v, out, {"is_causal": is_causal}, where.query.cu_seqlens, where.key.cu_seqlens)
         return F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
 
     def _nested(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -208,14 +220,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError("decoding with a cache takes neither add_bias_kv nor add_zero_attn")
         seq_first = not self.batch_first
+        dropout_p = self.dropout if self.training else 0.0
         if cache.fixed:
-            q = self._project_query(query)
+            q = _heads_first(self._project_query(query), seq_first)
             if not cache.length:
                 cache.append(*(_heads_first(t, seq_first) for t in self._project_keys(key, value)))
         else:
-            q, k, v = self._project(query, key, value)
-            cache.append(_heads_first(k, seq_first), _heads_first(v, seq_first))
-        q = _heads_first(q, seq_first)
+            q, k, v = (_heads_first(t, seq_first) for t in self._project(query, key, value))
+            if key_padding_mask is None and not dropout_p and cache.attends(q, k, v):
+                return self._project_out(cache.append_and_attend(q, k, v, is_causal), seq_first)
+            cache.append(k, v)
         k, v = cache.read()
         if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], k.shape[2]):
             raise ValueError(
@@ -227,7 +241,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k,
             v,
             attn_mask=merge_masks(key_padding_mask, None, q.shape[0], self.num_heads, query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             is_causal=is_causal and q.shape[2] > 1,  # the last token sees everything
             causal_alignment="bottom-right",
         )

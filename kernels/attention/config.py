@@ -1,14 +1,18 @@
 """Tile sizes of the attention kernels, by pass, target, dtype and head dimension.
 
-Every entry compiles without a register spill and within shared memory on its targets; tests/gate holds that. Calls with
-rules that need many registers (masks, windows, dropout, softcap, ALiBi) take the small tiles of `_RICH`.
+These are the defaults; where `tiles` has a measured row, that counts. Every entry compiles without a register spill and
+within shared memory on its targets; tests/gate holds that. Calls with rules that need many registers (masks, windows,
+dropout, softcap, ALiBi) take the small tiles of `_RICH`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fastformer.kernels.attention import tiles
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import Target
 
 
@@ -69,15 +73,31 @@ _RICH: _Table = {
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
-# fp32 products run without tensor cores and hold a whole head dimension of both factors in registers: 64 at most.
 _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
 }
+
+# Tiles of `wide`, with the columns of a chunk and those that a program owns: half precision, and fp32.
+_WIDE = ((Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)), 64, 128)
+_WIDE_SINGLE = ((Config(16, 16, 4, 1),) * 3, 32, 128)
+# Tile of `bias` and `weights`, with the columns of a chunk: half precision, and fp32.
+_MAPS = (Config(64, 32, 4, 1), 64)
+_MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
+
+
+def _measured(target: Target, call: Call, name: str) -> Config | None:
+    """What a table of `tiles` says of this call."""
+    dtype = "single" if call.query.dtype == torch.float32 else "half"
+    width, length = max(64, call.block_d, call.block_v), tiles.length_class(max(call.q_len, call.k_len))
+    tile = tiles.chosen((target.name, name, "rich" if call.rich else "plain", dtype, width, length))
+    return None if tile is None else Config(*tile)
 
 
 def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if target.name == "interpreter":
         return (_INTERPRETER,) * 3
+    if call.wide:
+        return (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[0]
     width = max(64, call.block_d, call.block_v)
     if call.query.dtype == torch.float32:
         table = _SINGLE
@@ -92,9 +112,51 @@ def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
 
 def forward_config(target: Target, call: Call) -> Config:
     """Tiles of the forward kernel."""
-    return _configs(target, call)[0]
+    return _measured(target, call, "forward") or _configs(target, call)[0]
 
 
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
-    return _configs(target, call)[1:]
+    by_row, by_key = _configs(target, call)[1:]
+    return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
+
+
+def chunked_constants(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that walk over the head dimension in chunks. It is no constant there: unrolled, the loop
+    would load whole rows ahead and spill."""
+    return {name: x for name, x in call.constants.items() if not name.endswith(("_DIM", "BLOCK_D", "BLOCK_V"))}
+
+
+def wide_constants(target: Target, call: Call, columns: int) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel of `wide` whose outputs have so many columns, and how many programs share them."""
+    if target.name == "interpreter":
+        chunk, wide = 64, 128
+    else:
+        chunk, wide = (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[1:]
+    parts = max(1, -(-columns // wide))
+    return chunked_constants(call) | {"CHUNK": chunk, "WIDE": wide, "PARTS": parts}, parts
+
+
+def map_config(target: Target, call: Call) -> tuple[Config, int]:
+    """Tile of the kernels that hold nothing but scores (the bias's gradient, weights), and the columns of a chunk."""
+    if target.name == "interpreter":
+        return _INTERPRETER, 16
+    return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS
+
+
+# Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
+_DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+
+
+def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
+    """Tiles of attention over a cache.
+
+    Args:
+        width: the larger of the padded head dimensions.
+        rows: new tokens times query heads that share a key head.
+    """
+    if target.name == "interpreter":
+        return _INTERPRETER
+    most, *others = (_DECODE_SINGLE if dtype == torch.float32 else _DECODE)[max(64, width)]
+    return Config(min(max(16, power_of_two(rows)), most), *others)
