@@ -98,11 +98,7 @@ def _walk(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
