@@ -86,12 +86,7 @@ def _walk_keys(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-        "dl_sb", "dl_sh", "dl_st",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
@@ -252,11 +247,7 @@ def _walk_rows(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dk_sb, dk_sh, dk_st,

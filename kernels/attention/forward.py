@@ -55,16 +55,17 @@ def _walk(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
-        k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
+        k_place = K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :])
         v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
         inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
         if CHECK:
-            k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
+            k = tl.load(k_place, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         elif BLOCK_D == HEAD_DIM:
             k = tl.load(k_place)
         else:
-            k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
-        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            k = tl.load(k_place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        # Transposed here as in backward: the same product in the same order, or its rounding counts twice.
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SCAN:
             sound = sound_rows(v_place, inside[:, None] & (dv < VALUE_DIM)[None, :])
             qk = tl.where(sound[None, :], qk, float("nan"))
@@ -98,11 +99,7 @@ def _walk(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
