@@ -114,7 +114,7 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
 
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
 _DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
-_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1), 512: (16, 16, 16, 1)}
 
 
 def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
