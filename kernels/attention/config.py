@@ -6,6 +6,7 @@ dropout, softcap, ALiBi) take the small tiles of `_RICH`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,10 +73,16 @@ _RICH: _Table = {
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
-# fp32 products run without tensor cores and hold a whole head dimension of both factors in registers: 64 at most.
 _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
 }
+
+# Tiles of `wide`, with the columns of a chunk and those that a program owns: half precision, and fp32.
+_WIDE = ((Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)), 64, 128)
+_WIDE_SINGLE = ((Config(16, 16, 4, 1),) * 3, 32, 128)
+# Tile of `bias` and `weights`, with the columns of a chunk: half precision, and fp32.
+_MAPS = (Config(64, 32, 4, 1), 64)
+_MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
 
 
 def _measured(target: Target, call: Call, name: str) -> Config | None:
@@ -89,6 +96,8 @@ def _measured(target: Target, call: Call, name: str) -> Config | None:
 def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if target.name == "interpreter":
         return (_INTERPRETER,) * 3
+    if call.wide:
+        return (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[0]
     width = max(64, call.block_d, call.block_v)
     if call.query.dtype == torch.float32:
         table = _SINGLE
@@ -114,17 +123,44 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
 
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
 _DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
-_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1), 512: (16, 16, 16, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+# Several new tokens a sequence: the causal edge needs registers of its own. `fastformer.ops` sends no wider ones.
+_DECODE_SEVERAL = {64: (64, 64, 4, 3), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}
 
 
-def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
+def decode_config(target: Target, width: int, dtype: torch.dtype, q_len: int, group: int) -> Config:
     """Tiles of attention over a cache.
 
     Args:
         width: the larger of the padded head dimensions.
-        rows: new tokens times query heads that share a key head.
+        q_len: new tokens a sequence. group: query heads that share a key head; together they are the rows.
     """
     if target.name == "interpreter":
         return _INTERPRETER
-    most, *others = (_DECODE_SINGLE if dtype == torch.float32 else _DECODE)[max(64, width)]
+    rows = q_len * group
+    table = _DECODE_SINGLE if dtype == torch.float32 else _DECODE if q_len == 1 else _DECODE_SEVERAL
+    most, *others = table[max(64, width)]
     return Config(min(max(16, power_of_two(rows)), most), *others)
+
+
+def chunked_constants(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that walk over the head dimension in chunks. It is no constant there: unrolled, the loop
+    would load whole rows ahead and spill."""
+    return {name: x for name, x in call.constants.items() if not name.endswith(("_DIM", "BLOCK_D", "BLOCK_V"))}
+
+
+def wide_constants(target: Target, call: Call, columns: int) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel of `wide` whose outputs have so many columns, and how many programs share them."""
+    if target.name == "interpreter":
+        chunk, wide = 64, 128
+    else:
+        chunk, wide = (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[1:]
+    parts = max(1, -(-columns // wide))
+    return chunked_constants(call) | {"CHUNK": chunk, "WIDE": wide, "PARTS": parts}, parts
+
+
+def map_config(target: Target, call: Call) -> tuple[Config, int]:
+    """Tile of the kernels that hold nothing but scores (the bias's gradient, weights), and the columns of a chunk."""
+    if target.name == "interpreter":
+        return _INTERPRETER, 16
+    return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS

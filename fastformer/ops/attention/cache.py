@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.attention import kernel
-from fastformer.ops.attention.options import MAX_HEAD_DIM, Options, check_extras, check_heads, once, read_options
+from fastformer.ops.attention.options import Options, check_extras, check_heads, once, read_options
 from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.operator import Kernel, kernels
@@ -100,13 +100,19 @@ def attention_kv_cache(
     return (out, lse) if return_lse else out
 
 
+# The table of fastformer.kernels.attention.config for decoding ends there.
+_WIDEST = 512
+
+
 def _why_not(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why the kernels cannot take this call, None if they can."""
     if query.dtype not in FLOATS:
         return f"{query.dtype} inputs"
     widest = max(query.shape[-1], v_cache.shape[-1])
-    if widest > MAX_HEAD_DIM or min(query.shape[-1], v_cache.shape[-1]) < 1:
+    if widest > _WIDEST or min(query.shape[-1], v_cache.shape[-1]) < 1:
         return f"a head dimension of {widest}"
+    if query.shape[1] > 1 and widest > (128 if query.dtype == torch.float32 else 256):
+        return f"a head dimension of {widest} in {query.dtype} with several new tokens"
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
         return "a cache whose last stride is not 1"
     return None
