@@ -108,7 +108,7 @@ def stage(name: str, folder: Path) -> int:
         kept = results.Results(name, folder, this_machine(), fresh=True)
     module = importlib.import_module(f"bench.gpu.{name.removeprefix('bench-').replace('-', '_')}")
     cases: list[tuple[str, Callable[[], results.Row]]]
-    cases = module.cases(folder) if name in ("correctness", "tune", "graphs") else module.cases()
+    cases = module.cases(folder) if name in ("correctness", "graphs", "tune") else module.cases()
     if name.startswith("bench-"):
         cases.insert(0, ("ceilings", _ceilings))
     results.measure(kept, cases, STAGE_SECONDS)

@@ -15,6 +15,9 @@ from fastformer.ops.operator import Kernel, kernels
 from fastformer.ops.rotary import rotary_reference
 from fastformer.ops.validate import FLOATS, check_tensor
 
+# The widest head whose tiles a decoding kernel holds in one piece.
+_MAX_HEAD_DIM = 512
+
 
 def attention_kv_cache(
     query: Tensor,
@@ -100,16 +103,12 @@ def attention_kv_cache(
     return (out, lse) if return_lse else out
 
 
-# The table of fastformer.kernels.attention.config for decoding ends there.
-_WIDEST = 512
-
-
 def _why_not(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why the kernels cannot take this call, None if they can."""
     if query.dtype not in FLOATS:
         return f"{query.dtype} inputs"
     widest = max(query.shape[-1], v_cache.shape[-1])
-    if widest > _WIDEST or min(query.shape[-1], v_cache.shape[-1]) < 1:
+    if widest > _MAX_HEAD_DIM or min(query.shape[-1], v_cache.shape[-1]) < 1:
         return f"a head dimension of {widest}"
     if query.shape[1] > 1 and widest > (128 if query.dtype == torch.float32 else 256):
         return f"a head dimension of {widest} in {query.dtype} with several new tokens"
