@@ -15,7 +15,9 @@ namespace fastformer::bpe {
 
 // Asks for a cache line that will be read soon.
 inline void fetch(const void* p) {
-#if defined(_MSC_VER)
+#if defined(_MSC_VER) && defined(_M_ARM64)
+    __prefetch(p);
+#elif defined(_MSC_VER)
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 #else
     __builtin_prefetch(p);

@@ -150,6 +150,7 @@ PyObject* encode_batch(PyObject* self, PyObject* args) {
                 }
             };
             std::vector<std::thread> running;
+            running.reserve(parts);
             try {
                 for (size_t part = 1; part < parts; part++) running.emplace_back(work, part);
             } catch (const std::system_error&) {

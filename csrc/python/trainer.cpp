@@ -39,6 +39,7 @@ void count_lines(bpe::WordCounts& words, bpe::Pattern pattern, const uint8_t* te
     std::vector<bpe::WordCounts> counts(threads - 1);
     std::vector<std::exception_ptr> failed(threads - 1);
     std::vector<std::thread> running;
+    running.reserve(threads);
     auto cut = [&](size_t part) -> size_t {
         if (part == 0 || part == threads) return part ? n : 0;
         size_t from = n / threads * part;

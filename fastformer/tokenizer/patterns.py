@@ -116,7 +116,8 @@ def _compile(expression: str) -> Any:
         import regex
     except ImportError as error:
         raise ImportError(
-            f"the pattern {expression!r} has no scanner in the engine and needs the package `regex`: pip install regex"
+            f"the pattern {expression!r} has no scanner in the engine and needs the package `regex`: "
+            "pip install fastformer[tokenizer]"
         ) from error
     return regex.compile(expression)
 

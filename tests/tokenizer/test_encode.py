@@ -115,12 +115,31 @@ def test_real_tokenizer_json(data_dir: Path, name: str) -> None:
         assert ours.encode(text, allowed_special="all") == want, repr(text)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base"])
+def test_all_real_text_through_tokenizer_json(data_dir: Path, name: str) -> None:
+    path = data_dir / "vocab" / f"{name}.tokenizer.json"
+    ours, reference = BPETokenizer.from_file(path), tokenizers.Tokenizer.from_file(str(path))
+    for file in sorted((data_dir / "text").glob("*.txt.xz")):
+        lines = lzma.decompress(file.read_bytes()).decode("utf-8").splitlines(keepends=True)
+        texts = ["".join(lines[i : i + 50]) for i in range(0, len(lines), 50)]
+        for text, want in zip(texts, reference.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            assert ours.encode(text, allowed_special="all") == want.ids, (file, text[:200])
+    for text in hard_strings(100_000, seed=12):
+        assert ours.encode(text, allowed_special="all") == reference.encode(text, add_special_tokens=False).ids, text
+
+
 def test_long_pretokens(ranks_file: Path) -> None:
     ours = BPETokenizer.from_file(ranks_file, pattern="cl100k")
     reference = as_tiktoken(ours, EXPRESSIONS["cl100k"])
     rng = random.Random(0)
-    texts = ["a" * n for n in (1, 63, 64, 65, 200, 900)] + [" " * 800, "\n" * 800, "世界" * 300, "=" * 777]
-    texts += ["".join(rng.choices("etaoinshr", k=n)) for n in (30, 63, 64, 65, 66, 100, 900)]
+    texts = ["a" * n for n in (1, 63, 64, 65, 200, 511, 512, 513, 900)] + [
+        " " * 800,
+        "\n" * 800,
+        "世界" * 300,
+        "=" * 777,
+    ]
+    texts += ["".join(rng.choices("etaoinshr", k=n)) for n in (30, 63, 64, 65, 66, 100, 511, 512, 513, 900)]
     texts += ["".join(c for c in rng.choices(pieces(), k=200) if c.isalpha()) for _ in range(20)]
     for text in texts:
         assert ours.encode(text) == reference.encode_ordinary(text), text[:80]
