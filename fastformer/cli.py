@@ -61,7 +61,7 @@ def _parser() -> Parser:
         "gpt2, ...) of its usual size, with random weights",
     )
     info.add_argument(
-        "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
+        "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
     _add_tune(commands)
@@ -79,11 +79,15 @@ def _add_tune(commands: Any) -> None:
     )
     tune.add_argument("--output", type=Path, default=Path("tiles.json"), metavar="FILE", help="(default: tiles.json)")
     tune.add_argument(
-        "--head-dim", type=_whole(1, 256), action="append", metavar="N", help="(repeatable; default: 64, 128, 256)"
+        "--head-dim",
+        type=whole_number(1, 256),
+        action="append",
+        metavar="N",
+        help="(repeatable; default: 64, 128, 256)",
     )
     tune.add_argument(
         "--length",
-        type=_whole(1, 1 << 20),
+        type=whole_number(1, 1 << 20),
         action="append",
         metavar="N",
         help="tokens a sequence, one for each class up to 128, 512, 2048 and longer (repeatable; default: 128, 512, "
@@ -125,8 +129,8 @@ def _add_bench(commands: Any) -> None:
     report = bench.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "report",
         help="tables and plots under bench/results/<device>/",
-        description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and the "
-        "machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE, or a folder of make gpu.",
+        description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and beside "
+        "the machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE or a folder of make gpu.",
     )
     report.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
     report.add_argument(
@@ -201,15 +205,15 @@ def _add_demo(commands: Any) -> None:
     )
     training = demo.add_argument_group("training")
     training.add_argument(
-        "--max-length", type=_whole(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
+        "--max-length", type=whole_number(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
     )
-    training.add_argument("--epochs", type=_whole(1, 10**6), default=2, metavar="N", help="(default: 2)")
-    training.add_argument("--batch-size", type=_whole(1, 10**6), default=16, metavar="N", help="(default: 16)")
-    training.add_argument("--steps", type=_whole(1, 10**9), metavar="N", help="stop each run after N batches")
+    training.add_argument("--epochs", type=whole_number(1, 10**6), default=2, metavar="N", help="(default: 2)")
+    training.add_argument("--batch-size", type=whole_number(1, 10**6), default=16, metavar="N", help="(default: 16)")
+    training.add_argument("--steps", type=whole_number(1, 10**9), metavar="N", help="stop each run after N batches")
     training.add_argument(
-        "--learning-rate", type=_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
+        "--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
     )
-    training.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    training.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     result = demo.add_argument_group("result")
     result.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(default: demo-output/)"
@@ -260,7 +264,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A converter of arguments to whole numbers from low to high."""
 
     def convert(text: str) -> int:
@@ -271,7 +275,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def _rate(text: str) -> float:
+def learning_rate(text: str) -> float:
     try:
         rate = float(text)
     except ValueError:

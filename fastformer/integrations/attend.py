@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastformer import ops
 from fastformer.nn.counters import count_fallback
+from fastformer.nn.recording import record
 from fastformer.ops.attention.options import read_options
 from fastformer.ops.attention.reference import attention_scores
 
@@ -17,11 +18,13 @@ from fastformer.ops.attention.reference import attention_scores
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`ops.scaled_dot_product_attention` in the dtype autocast asks for, if it does."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
-    query, key, value = _cast(query, key, value)
-    with torch.autocast(device, enabled=False):
-        return _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    if torch.is_autocast_enabled(device):
+        query, key, value = _cast(query, key, value)
+        with torch.autocast(device, enabled=False):
+            out = _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    else:
+        out = _tensor(ops.scaled_dot_product_attention(query, key, value, **options))
+    return record(query, key, value, out, options)
 
 
 def attend_packed(
@@ -29,11 +32,13 @@ def attend_packed(
 ) -> Tensor:
     """`ops.attention_varlen`, likewise."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
-    query, key, value = _cast(query, key, value)
-    with torch.autocast(device, enabled=False):
-        return _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    if torch.is_autocast_enabled(device):
+        query, key, value = _cast(query, key, value)
+        with torch.autocast(device, enabled=False):
+            out = _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    else:
+        out = _tensor(ops.attention_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options))
+    return record(query, key, value, out, options, cu_q, cu_k)
 
 
 def attend_with_weights(
