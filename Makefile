@@ -1,6 +1,6 @@
 # make demo           sets .venv up, builds, runs the demo: a real fine-tuning, stock and patched, side by side
 # make test           the same environment, then everything that can be checked without a GPU
-# make STAGE          one stage of it: build lint types unit interpreter gate rehearsal package
+# make STAGE          one stage of it: build lint types unit oldest interpreter gate rehearsal package
 # make recipes        the recipes of examples/ on the data in FASTFORMER_DATA, stock and patched, and a table of them
 # make gpu            correctness, races and benchmarks on this machine's CUDA GPU, offline (STAGE=... for one stage)
 # make gpu-save       files the results of make gpu under bench/results/
@@ -18,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-STAGES := build lint types unit interpreter gate rehearsal package
+STAGES := build lint types unit oldest interpreter gate rehearsal package
 
 .PHONY: demo recipes test wheel clean gpu gpu-rehearsal gpu-save $(STAGES)
 
