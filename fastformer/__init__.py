@@ -16,19 +16,22 @@ from fastformer.version import __version__
 
 if TYPE_CHECKING:
     from fastformer import nn, ops
+    from fastformer.graphs import graphed, ungraphed
     from fastformer.info import info
     from fastformer.integrations import patch, unpatch
     from fastformer.tokenizer import BPETokenizer
 
 _HOMES = {
     "BPETokenizer": "fastformer.tokenizer",
+    "graphed": "fastformer.graphs",
     "info": "fastformer.info",
     "patch": "fastformer.integrations",
+    "ungraphed": "fastformer.graphs",
     "unpatch": "fastformer.integrations",
 }
 _MODULES = ("nn", "ops")
 
-__all__ = ["BPETokenizer", "__version__", "info", "nn", "ops", "patch", "unpatch"]
+__all__ = ["BPETokenizer", "__version__", "graphed", "info", "nn", "ops", "patch", "ungraphed", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,16 @@ def _parser() -> Parser:
     _add_demo(commands)
     info = commands.add_parser("info", help="which backend runs on each device of this machine, and why")
     info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument(
+        "--step",
+        metavar="MODEL",
+        help="instead: how many kernels a training step of a Hugging Face model launches on a GPU, stock and patched, "
+        "and what is left to fuse, counted on the CPU; a checkpoint's folder or name, or a family (bert, roberta, "
+        "gpt2, ...) of its usual size, with random weights",
+    )
+    info.add_argument(
+        "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
+    )
     info.set_defaults(run=_info)
     _add_tokenizer(commands)
     return parser
@@ -152,6 +162,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.step is not None:
+        from fastformer.launches.command import run
+
+        return run(args.step, args.layers, args.json)
+    if args.layers is not None:
+        raise UserError("--layers goes with --step")
     from fastformer.info import info
 
     found = info()

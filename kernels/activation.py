@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import as_rows, cdiv, power_of_two, row_count, shape_of_program, sum_partials, target
 
@@ -50,6 +51,7 @@ def _load_rows(X, row, column, inside, stride):
     return tl.load(X + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _forward(
     GATE, UP, BIAS, RESIDUAL, SEED, Y, rows, gate_stride, up_stride, residual_stride, threshold, keep_scale,
@@ -73,6 +75,7 @@ def _forward(
     tl.store(Y + row[:, None] * N + column[None, :], y, mask=inside)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _backward(
     DY, GATE, UP, BIAS, SEED, DGATE, DUP, PARTIAL, rows, dy_stride, gate_stride, up_stride, threshold, keep_scale,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.norm import FORWARD_TILE_COLUMNS as MAXIMUM_WIDTH
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import TL_DTYPES, cdiv, power_of_two, shape_of_program, target
@@ -28,6 +29,7 @@ def _gather(TABLE, index, size, column, inside, N: tl.constexpr):
     return rows.to(tl.float32)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "S", "words", "positions", "types", "threshold"])
 def _embed(
     IDS, PLACE, TYPES, WORD, POSITION, TYPE, W, B, SEED, Z, Y, STATS,

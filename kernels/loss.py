@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import as_rows, cdiv, power_of_two, shape_of_program, target
 
 BLOCK_COLUMNS = 4096
@@ -35,6 +36,7 @@ def _load_logits(X, row, x_stride, column, valid, outside, cap, CAPPED: tl.const
     return x, slope
 
 
+@launcher
 @triton.jit(do_not_specialize=["ignore"])
 def _loss_forward(
     X, TARGET, W, LOSS, WEIGHT, LSE, x_stride, ignore, smoothing, z_loss, cap,
@@ -87,6 +89,7 @@ def _loss_forward(
     tl.store(LSE + row * 2 + 1, tail)
 
 
+@launcher
 @triton.jit(do_not_specialize=["ignore"])
 def _loss_backward(
     DLOSS, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss, cap,

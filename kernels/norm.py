@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     TL_DTYPES,
@@ -66,6 +67,7 @@ def _affine(W, B, column, valid, offset):
     return scale[None, :], shift[None, :]
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _forward_tile(
     X, R, S, W, B, SEED, Z, Y, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
@@ -99,6 +101,7 @@ def _forward_tile(
     tl.store(Y + place, centred * rstd[:, None] * scale + shift, mask=inside)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _forward_loop(
     X, R, S, W, B, SEED, Z, Y, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
@@ -196,6 +199,7 @@ def _store_partials(
         tl.store(PARTIAL + place, tl.sum(dbias, 0), mask=column < N)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _backward_tile(
     DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, PARTIAL, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale,
@@ -230,6 +234,7 @@ def _backward_tile(
     _store_partials(PARTIAL, dweight, dbias, program, programs, column, N, DWEIGHT, DBIAS)
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _backward_loop(
     DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset,
@@ -264,6 +269,7 @@ def _backward_loop(
         )  # fmt: skip
 
 
+@launcher
 @triton.jit(do_not_specialize=["rows"])
 def _backward_columns(
     DY, Z, STATS, PARTIAL, rows, dy_stride, z_stride, N: tl.constexpr, RMS: tl.constexpr,

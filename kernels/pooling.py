@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import as_rows, cdiv, shape_of_program, target
 
 BLOCK_M, BLOCK_N = 32, 64
@@ -24,6 +25,7 @@ def _tokens(MASK, start, stop, BLOCK_M: tl.constexpr):
     return token, counts
 
 
+@launcher
 @triton.jit
 def _mean(X, CU, MASK, Y, COUNT, x_stride, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     sequence = tl.program_id(0).to(tl.int64)
@@ -43,6 +45,7 @@ def _mean(X, CU, MASK, Y, COUNT, x_stride, N: tl.constexpr, BLOCK_M: tl.constexp
         tl.store(COUNT + sequence, size)
 
 
+@launcher
 @triton.jit
 def _mean_backward(
     DY, CU, MASK, COUNT, DX, dy_stride, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program, target
 
 
@@ -40,9 +41,10 @@ def _turn_heads(
         tl.store(y + column[None, :], tl.load(x + column[None, :] * x_d, mask=rest), mask=rest)
 
 
-@triton.jit(do_not_specialize=["S", "P"])
+@launcher
+@triton.jit(do_not_specialize=["length", "positions"])
 def _rotate(
-    Q, K, COS, SIN, POSITION, Q_OUT, K_OUT, S, P, cos_p, sin_p,
+    Q, K, COS, SIN, POSITION, Q_OUT, K_OUT, length, positions, cos_p, sin_p,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, qo_b, qo_s, qo_h, ko_b, ko_s, ko_h,
     HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BY_TOKEN: tl.constexpr, INVERSE: tl.constexpr,
@@ -50,7 +52,7 @@ def _rotate(
 ):  # fmt: skip
     """BLOCK_H heads of one token a program: tokens along grid axis 0, head blocks of Q and then of K along axis 1."""
     index = tl.program_id(0).to(tl.int64)
-    batch, token = index // S, index % S
+    batch, token = index // length, index % length
     block = tl.program_id(1)
     position = token
     if POSITION is not None:
@@ -59,7 +61,7 @@ def _rotate(
         position = index
     pair = tl.arange(0, BLOCK_R)
     # A position the table does not have gives NaN, not what lies behind the table.
-    known = (pair < R // 2) & (position >= 0) & (position < P)
+    known = (pair < R // 2) & (position >= 0) & (position < positions)
     cos = tl.load(COS + position * cos_p + pair, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(SIN + position * sin_p + pair, mask=known, other=float("nan")).to(tl.float32)
     if INVERSE:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.launch import launcher
 from fastformer.kernels.targets import Target, target_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -64,6 +65,7 @@ def shape_of_program(target: Target, elements: int, each: int, registers: int) -
     return options
 
 
+@launcher
 @triton.jit(do_not_specialize=["count"])
 def _sum_partials(PARTIAL, FIRST, SECOND, count, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """FIRST[n] = sum_p PARTIAL[0, p, n], SECOND likewise from PARTIAL[1] by the programs of grid axis 1."""

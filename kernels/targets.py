@@ -19,7 +19,7 @@ import torch
 import triton
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a device: compared and hashed by identity, at every launch
 class Target:
     """One kind of device.
 
@@ -77,6 +77,11 @@ def assume(target: Target) -> Iterator[None]:
         _assumed = before
 
 
+def assumed() -> bool:
+    """Whether `assume` is at work: launchers then compile for a device that is not there."""
+    return _assumed is not None
+
+
 def target_of(device: torch.device) -> Target:
     """The target that launchers compile for when their tensors are on `device`.
 
@@ -117,9 +122,11 @@ def hopper_chosen(device: torch.device) -> bool:
     """Whether calls on `device` take the Hopper kernels where these take them: the device has wgmma, and either the
     kernels are proven on it with this Triton or FASTFORMER_BACKEND=hopper asks for them."""
     choice = os.environ.get("FASTFORMER_BACKEND")
-    if choice == "portable" or target_of(device).name != "sm_90":
+    if choice == "portable" or not (choice == "hopper" or HOPPER_PROVEN):
+        return False
+    if target_of(device).name != "sm_90":
         return False
     if choice == "hopper":
         return True
     version = ".".join(triton.__version__.split(".")[:2])
-    return bool(HOPPER_PROVEN) and (torch.cuda.get_device_name(device), version) in HOPPER_PROVEN
+    return device.type == "cuda" and (torch.cuda.get_device_name(device), version) in HOPPER_PROVEN

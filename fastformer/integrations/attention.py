@@ -220,9 +220,7 @@ def _biased(
 ) -> Tensor:
     """Packed rows with a bias of the padded batch's shape [1, heads, seqlen, seqlen]: padded for attention only."""
     q, k, v = (packing.pad(t.transpose(1, 2).squeeze(0)).transpose(1, 2) for t in (query, key, value))
-    real = torch.zeros(packing.batch * packing.seqlen, dtype=torch.bool, device=query.device)
-    real[packing.indices] = True
-    mask = bias.to(query.dtype).masked_fill(~real.view(packing.batch, 1, 1, packing.seqlen), -torch.inf)
+    mask = bias.to(query.dtype).masked_fill(~packing.places()[:, None, None, :], -torch.inf)
     out = attend(q, k, v, attn_mask=mask, **options)
     return packing.pack(out.transpose(1, 2))[None]
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fastformer.integrations import families
-from fastformer.integrations.swap import is_swapped, restore, swap
+from fastformer.integrations.packed_linear import separate
+from fastformer.integrations.swap import UNDO, is_swapped, restore, swap
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (4, 57), (5, 23)
 UNPAD_CHOICES = ("auto", True, False)
@@ -147,8 +148,11 @@ def unpatch(model: torch.nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     restored = 0
     for module in model.modules():
+        if UNDO in type(module).__dict__:
+            type(module).__dict__[UNDO](module)
         if is_swapped(module):
             restore(module)
+            separate(module)
             module.__dict__.pop("fastformer_unpad", None)
             restored += 1
     return restored

@@ -73,7 +73,7 @@ def plan_in(attention_mask: Any) -> Plan | None:
 def packing_from_mask(mask: Tensor) -> Packing | None:
     """As `packing_of`, but None if the mask hides nothing."""
     packing = packing_of(mask)
-    return packing if packing.tokens < mask.numel() else None
+    return packing if packing.has_padding else None
 
 
 def packing_of(mask: Tensor) -> Packing:

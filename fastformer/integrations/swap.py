@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-_ORIGINAL = "_fastformer_original_class"
+ORIGINAL = "_fastformer_original_class"
+# On a class that something else put over a swapped one: takes it off again.
+UNDO = "_fastformer_undo"
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def _swapped_class(original: type, behaviour: type) -> type:
             "__doc__": original.__doc__,
             "__reduce_ex__": __reduce_ex__,
             "forward": forward,
-            _ORIGINAL: original,
+            ORIGINAL: original,
         },
     )
     return swapped
@@ -65,12 +67,12 @@ def restore(module: torch.nn.Module) -> bool:
 
 
 def is_swapped(module: torch.nn.Module) -> bool:
-    return _ORIGINAL in type(module).__dict__
+    return ORIGINAL in type(module).__dict__
 
 
 def original_class(module: torch.nn.Module) -> type:
     """The stock class of a module, swapped or not."""
-    return type(module).__dict__.get(_ORIGINAL, type(module))
+    return type(module).__dict__.get(ORIGINAL, type(module))
 
 
 def class_path(module: torch.nn.Module) -> str:

@@ -10,15 +10,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
 _CHOICES = ("auto", "triton", "torch", "hopper", "portable")
 MINIMUM_TRITON = (3, 6)
+_standing_in = False
 
 
 def forced_backend() -> str:
@@ -55,6 +58,8 @@ def backend_for(device: torch.device) -> str:
     Raises:
         RuntimeError: FASTFORMER_BACKEND names a family of kernels that cannot run there.
     """
+    if _standing_in:
+        return "triton"
     choice = forced_backend()
     if choice == "torch" or (choice == "auto" and device.type != "cuda"):
         return "torch"
@@ -76,3 +81,19 @@ def backend_for(device: torch.device) -> str:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
+
+
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """Take the kernels' way for tensors on any device, where something stands in for the launches."""
+    global _standing_in
+    before, _standing_in = _standing_in, True
+    try:
+        yield
+    finally:
+        _standing_in = before
+
+
+def is_standing_in() -> bool:
+    """Whether something stands in for the launches."""
+    return _standing_in

@@ -19,12 +19,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fastformer.ops import backend
+
 _PLAIN = (Tensor, Parameter)
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """Whether a call may take the light route: eager mode, ordinary tensors, no dispatch mode watching."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    """Whether a call may take the light route: eager mode, ordinary tensors, no dispatch mode watching.
+
+    One that stands in for the launches watches them from there.
+    """
+    if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() > 0 and not backend.is_standing_in()):
         return False
     return all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)) and (
         torch._C._functorch.maybe_current_level() is None

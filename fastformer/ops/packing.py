@@ -116,6 +116,11 @@ class Packing:
         places[0, : self.tokens] = self.indices % self.seqlen
         return places
 
+    def places(self) -> Tensor:
+        """Where the padded batch holds tokens: bool [batch, seqlen]."""
+        real = torch.zeros(self.batch * self.seqlen, dtype=torch.bool, device=self.indices.device)
+        return real.index_fill_(0, self.indices, True).view(self.batch, self.seqlen)
+
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, seqlen, ...] to [rows, ...]; surplus rows are zero."""
         if padded.shape[:2] != (self.batch, self.seqlen):

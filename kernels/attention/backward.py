@@ -6,12 +6,13 @@
   keys are left unread as in forward.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import backward_config
 from fastformer.kernels.attention.score import (
@@ -26,6 +27,9 @@ from fastformer.kernels.attention.score import (
     sound_rows,
     visible_keys,
 )
+from fastformer.kernels.launch import launcher
+from fastformer.kernels.rows import cdiv
+from fastformer.kernels.targets import target_of
 
 
 @triton.jit
@@ -80,6 +84,7 @@ def _walk_keys(
     return dq
 
 
+@launcher
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
@@ -240,6 +245,7 @@ def _walk_rows(
     return dk, dv_
 
 
+@launcher
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
@@ -369,10 +375,7 @@ def attention_backward(
     query, key, value = call.query, call.key, call.value
     dq, dk, dv = (call.empty_like(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    target = targets.target_of(query.device)
-    by_row, by_key = backward_config(target, call)
-    tokens_q, tokens_k = (query.shape[0], key.shape[0]) if call.packed else (0, 0)
-    l_sb, l_sh = (0, tokens_q) if call.packed else (call.heads * call.q_len, call.q_len)
+    l_sb, l_sh = (0, query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
     dl_strides: tuple[int, ...]
     if grad_lse is None:
         dl_strides = (0, 0, 0)
@@ -380,24 +383,46 @@ def attention_backward(
         dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
     numbers = (call.scale, *call.scales, call.left, call.right, call.threshold, call.keep_scale)
     batches = call.batch + call.packed
-    if query.numel() or out.numel():
-        tiles = max(1, triton.cdiv(call.q_len, by_row.block_m))
-        _backward_query[(tiles * call.heads * batches,)](
-            query, key, value, out, grad_out, lse, grad_lse, delta, dq, call.mask, call.slopes, call.seed,
-            call.cu_q, call.cu_k,
+
+    def prepare_query() -> tuple[Any, ...]:
+        target = target_of(query.device)
+        config = backward_config(target, call)[0]
+        tiles = max(1, cdiv(call.q_len, config.block_m))
+        others = (
             *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(out),
             *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
-            tiles, call.heads, call.q_len, call.k_len, tokens_q, call.batch, *numbers,
-            **call.constants, **by_row.options(target),
+            tiles, call.heads, call.q_len, call.k_len, query.shape[0] if call.packed else 0, call.batch, *numbers,
         )  # fmt: skip
-    if key.numel() or value.numel():
-        tiles = max(1, triton.cdiv(call.k_len, by_key.block_n))
-        _backward_key[(tiles * call.kv_heads * batches,)](
-            query, key, value, grad_out, lse, delta, dk, dv, call.mask, call.slopes, call.seed, call.cu_q, call.cu_k,
+        return _backward_query, (tiles * call.heads * batches,), others, {**call.constants, **config.options(target)}
+
+    def prepare_key() -> tuple[Any, ...]:
+        target = target_of(query.device)
+        config = backward_config(target, call)[1]
+        tiles = max(1, cdiv(call.k_len, config.block_n))
+        others = (
             *call.strides(query), *call.strides(key), *call.strides(value),
             *call.strides(grad_out), *call.strides(dk), *call.strides(dv), l_sb, l_sh,
             *call.mask_strides, call.slope_stride,
-            tiles, call.heads, call.q_len, call.k_len, tokens_k, call.batch, *numbers,
-            **call.constants, **by_key.options(target),
+            tiles, call.heads, call.q_len, call.k_len, key.shape[0] if call.packed else 0, call.batch, *numbers,
+        )  # fmt: skip
+        return _backward_key, (tiles * call.kv_heads * batches,), others, {**call.constants, **config.options(target)}
+
+    if query.numel() or out.numel():
+        call.launch(
+            ("dQ", out.stride(), grad_out.stride(), dl_strides),
+            (
+                query, key, value, out, grad_out, lse, grad_lse, delta, dq, call.mask, call.slopes, call.seed,
+                call.cu_q, call.cu_k,
+            ),
+            prepare_query,
+        )  # fmt: skip
+    if key.numel() or value.numel():
+        call.launch(
+            ("dK and dV", grad_out.stride()),
+            (
+                query, key, value, grad_out, lse, delta, dk, dv, call.mask, call.slopes, call.seed,
+                call.cu_q, call.cu_k,
+            ),
+            prepare_key,
         )  # fmt: skip
     return dq, dk, dv, delta

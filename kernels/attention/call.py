@@ -1,14 +1,26 @@
-"""One call of an attention kernel: its tensors, and the numbers every launcher derives from them."""
+"""One call of an attention kernel: its tensors, and the numbers every launcher derives from them.
+
+Those numbers follow from shapes, strides, dtypes and options alone, so they are derived once for each combination, and
+with them the launches are prepared: a training step repeats the same few calls in every layer.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from fastformer.kernels.launch import Prepared
+from fastformer.kernels.rows import power_of_two
+from fastformer.kernels.targets import target_of
 
 _LOG2E = 1.0 / math.log(2.0)
 _BOOL, _BYTE = torch.bool, torch.uint8
+
+# Combinations remembered; packed batches bring a new one each step.
+_KEPT = 256
+_derived: dict[Any, dict[str, Any]] = {}
 
 
 class Call:
@@ -24,6 +36,28 @@ class Call:
         dropout_p, causal, scale, bottom_right, left, right, softcap: as `fastformer.ops.attention.options.Options`.
         threshold: dropout's 32-bit threshold.
     """
+
+    packed: bool
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    q_len: int
+    k_len: int
+    mask_strides: tuple[int, ...]
+    slope_stride: int
+    scale: float
+    scales: tuple[float, float]
+    left: int
+    right: int
+    threshold: int
+    keep_scale: float
+    block_d: int
+    block_v: int
+    rich: bool
+    constants: dict[str, Any]
+    _launches: dict[Any, Prepared]
 
     def __init__(
         self,
@@ -47,54 +81,48 @@ class Call:
         right: int,
         softcap: float,
     ) -> None:
+        # Causal rows may see nothing only if aligned with more queries than keys. Packed, the lengths are on the
+        # device; the same bounds make the same lengths.
+        uneven = False
+        if causal and bottom_right and cu_q is not None and cu_k is not None:
+            uneven = cu_q.data_ptr() != cu_k.data_ptr()
+        batch = query.shape[0] if cu_q is None else cu_q.shape[0] - 1
+        numbers = (batch, max_q, max_k, dropout_p, threshold, causal, scale, bottom_right, left, right, softcap, uneven)
+        signature = (
+            *((x.shape, x.stride()) for x in (query, key, value)),
+            *(None if x is None else x.shape for x in (slopes, sinks, cu_q)),
+            None if mask is None else (mask.stride(), mask.dtype),
+            query.dtype,
+            numbers,
+        )
+        derived = _derived.get(signature)
+        if derived is None:
+            if len(_derived) >= _KEPT:
+                _derived.clear()
+            derived = _derived[signature] = _derive(query, key, value, cu_q is not None, mask, slopes, *numbers)
+        vars(self).update(derived)
         self.query, self.key, self.value = query, key, value
         self.cu_q, self.cu_k, self.slopes, self.sinks, self.seed = cu_q, cu_k, slopes, sinks, seed
-        self.packed = cu_q is not None
-        self.heads, self.kv_heads = query.shape[1], key.shape[1]
-        self.head_dim, self.value_dim = query.shape[-1], value.shape[-1]
-        if cu_q is not None:
-            self.batch, self.q_len, self.k_len = cu_q.shape[0] - 1, max_q, max_k
-        else:
-            self.batch, self.q_len, self.k_len = query.shape[0], query.shape[2], key.shape[2]
         # A bool mask is read as bytes.
         self.mask = mask.view(_BYTE) if mask is not None and mask.dtype == _BOOL else mask
-        self.mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-        self.slope_stride = slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0
-        self.scale = scale
-        self.scales = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0)
-        # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
-        left, right = (-1 if side >= max(self.q_len, self.k_len) else side for side in (left, right))
-        # Causal rows may see nothing only if aligned with more queries than keys: that is a window, and treated as one.
-        # Packed, the lengths are on the device; the same bounds make the same lengths.
-        if causal and bottom_right and right < 0:
-            uneven = cu_q.data_ptr() != cu_k.data_ptr() if cu_q is not None and cu_k is not None else False
-            right = 0 if uneven or self.q_len > self.k_len else right
-        self.left, self.right = left, right
-        self.threshold = threshold
-        self.keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-        self.block_d = max(16, triton.next_power_of_2(self.head_dim))
-        self.block_v = max(16, triton.next_power_of_2(self.value_dim))
-        self.rich = (
-            mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
-        )
-        self.constants: dict[str, Any] = {
-            "GROUP": self.heads // max(1, self.kv_heads),
-            "BOTTOM_RIGHT": bottom_right,
-            "CAUSAL": causal,
-            "LEFT": left >= 0,
-            "RIGHT": right >= 0,
-            "BOOL_MASK": mask is not None and mask.dtype == _BOOL,
-            # A mask that is the same for all queries, as padding is: its keys need not even be read.
-            "KEY_MASK": mask is not None and mask.stride(-2) == 0,
-            "SOFTCAP": softcap != 0.0,
-            "DROPOUT": dropout_p > 0.0,
-            "HEAD_DIM": self.head_dim,
-            "VALUE_DIM": self.value_dim,
-            "BLOCK_D": self.block_d,
-            "BLOCK_V": self.block_v,
-            # fp32 is fp32: no TF32 rounding of the inputs.
-            "PRECISION": "ieee",
-        }
+
+    def launch(
+        self,
+        name: object,
+        tensors: tuple[Tensor | None, ...],
+        prepare: Callable[[], tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]],
+    ) -> None:
+        """Launch on `tensors` what `prepare` says: (kernel, grid, other arguments, constants and launch options).
+
+        Args:
+            name: of the launch, with whatever else `prepare` depends on besides this call's own numbers and the
+                target. Same name, same launch.
+        """
+        key = (name, target_of(self.query.device))
+        prepared = self._launches.get(key)
+        if prepared is None:
+            prepared = self._launches[key] = Prepared(*prepare())
+        prepared(*tensors)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(batch, head, token) strides of a tensor laid out like query."""
@@ -107,5 +135,81 @@ class Call:
         last = x.shape[-1] if last is None else last
         if self.packed:
             return torch.empty((x.shape[0], x.shape[1], last), dtype=x.dtype, device=x.device)
-        batch, heads, length = x.shape[:3]
-        return torch.empty((batch, length, heads, last), dtype=x.dtype, device=x.device).transpose(1, 2)
+        batch, heads, length, _ = x.shape
+        row = max(last, 1)
+        strides = (max(length, 1) * max(heads, 1) * row, row, max(heads, 1) * row, 1)
+        return torch.empty_strided((batch, heads, length, last), strides, dtype=x.dtype, device=x.device)
+
+
+def _derive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: bool,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    threshold: int,
+    causal: bool,
+    scale: float,
+    bottom_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    uneven: bool,
+) -> dict[str, Any]:
+    """The attributes of a call that hold no tensor."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    q_len, k_len = (max_q, max_k) if packed else (query.shape[2], key.shape[2])
+    # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
+    left, right = (-1 if side >= max(q_len, k_len) else side for side in (left, right))
+    # Causal rows that may see nothing are those of a window, and treated as one.
+    if causal and bottom_right and right < 0 and (uneven or q_len > k_len):
+        right = 0
+    block_d, block_v = max(16, power_of_two(head_dim)), max(16, power_of_two(value_dim))
+    return {
+        "packed": packed,
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "q_len": q_len,
+        "k_len": k_len,
+        "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
+        "slope_stride": slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
+        "scale": scale,
+        "scales": (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0),
+        "left": left,
+        "right": right,
+        "threshold": threshold,
+        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        "block_d": block_d,
+        "block_v": block_v,
+        "rich": (
+            mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
+        ),
+        "constants": {
+            "GROUP": heads // max(1, kv_heads),
+            "BOTTOM_RIGHT": bottom_right,
+            "CAUSAL": causal,
+            "LEFT": left >= 0,
+            "RIGHT": right >= 0,
+            "BOOL_MASK": mask is not None and mask.dtype == _BOOL,
+            # A mask that is the same for all queries, as padding is: its keys need not even be read.
+            "KEY_MASK": mask is not None and mask.stride(-2) == 0,
+            "SOFTCAP": softcap != 0.0,
+            "DROPOUT": dropout_p > 0.0,
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_D": block_d,
+            "BLOCK_V": block_v,
+            # fp32 is fp32: no TF32 rounding of the inputs.
+            "PRECISION": "ieee",
+        },
+        "_launches": {},
+    }

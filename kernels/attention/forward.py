@@ -7,12 +7,13 @@ Dao et al. 2022).
   left unread, and the scores of the rows that do see them turn to NaN instead.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels import targets
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import forward_config
 from fastformer.kernels.attention.score import (
@@ -27,6 +28,9 @@ from fastformer.kernels.attention.score import (
     sound_rows,
     visible_keys,
 )
+from fastformer.kernels.launch import launcher
+from fastformer.kernels.rows import cdiv
+from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 @triton.jit
@@ -104,6 +108,7 @@ def _start(SINKS, head, BLOCK_M: tl.constexpr):
     return peak, total
 
 
+@launcher
 @triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
@@ -212,7 +217,7 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
     query, value = call.query, call.value
-    if targets.hopper_chosen(query.device):
+    if hopper_chosen(query.device):
         from fastformer.kernels.attention.hopper import hopper_forward
 
         results = hopper_forward(call)
@@ -224,16 +229,23 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    target = targets.target_of(query.device)
-    config = forward_config(target, call)
-    tiles = max(1, triton.cdiv(call.q_len, config.block_m))
-    o_sb, o_sh, o_st = call.strides(out)
-    l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    _forward[(tiles * call.heads * (call.batch + call.packed),)](
-        query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k,
-        *call.strides(query), *call.strides(call.key), *call.strides(value), o_sb, o_sh, o_st, l_sb, l_sh,
-        *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
-        *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        **call.constants, **config.options(target),
-    )  # fmt: skip
+
+    def prepare() -> tuple[Any, ...]:
+        target = target_of(query.device)
+        config = forward_config(target, call)
+        tiles = max(1, cdiv(call.q_len, config.block_m))
+        l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
+        numbers = (
+            *call.strides(query), *call.strides(call.key), *call.strides(value), *call.strides(out), l_sb, l_sh,
+            *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
+            *call.scales, call.left, call.right, call.threshold, call.keep_scale,
+        )  # fmt: skip
+        grid = (tiles * call.heads * (call.batch + call.packed),)
+        return _forward, grid, numbers, {**call.constants, **config.options(target)}
+
+    call.launch(
+        "forward",
+        (query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k),
+        prepare,
+    )
     return out, lse

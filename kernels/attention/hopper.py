@@ -11,7 +11,10 @@ from fastformer.kernels.attention.hopper_forward import forward_kernel
 
 BLOCK_M = 128
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
-_FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
+FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+    # Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (16 to 80 bytes of scratch memory).
+    FORWARD = {64: (128, 3), 128: (64, 4)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -64,7 +67,7 @@ class _Plane:
 def _planes(call: Call) -> list[_Plane] | None:
     """Query, key and value, or None for a call that the kernels do not take."""
     rules = call.mask is not None or call.slopes is not None or call.sinks is not None or call.constants["DROPOUT"]
-    if rules or call.head_dim != call.value_dim or call.head_dim not in _FORWARD:
+    if rules or call.head_dim != call.value_dim or call.head_dim not in FORWARD:
         return None
     # The largest score is looked for before scaling; offsets within a tile of the output are 32-bit.
     if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK_M * call.heads * call.head_dim >= 2**31:
@@ -84,7 +87,7 @@ def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
     if planes is None:
         return None
     query = call.query
-    block_n, stages = _FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
+    block_n, stages = FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
     tokens = query.shape[0] if call.packed else 0
     out = call.empty_like(query)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)

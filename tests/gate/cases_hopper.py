@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.hopper import hopper_forward
+from fastformer.kernels.attention.hopper import FORWARD, hopper_forward
 from fastformer.kernels.targets import target_of
 
 BATCH, HEADS, KV_HEADS, LENGTH = 4, 8, 2, 1024
@@ -55,4 +55,5 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         "packed-rich-128": (128, bf16, True, RICH),
         "packed-rich-256": (256, bf16, True, RICH),
     }
-    return [(name, functools.partial(_run, *case)) for name, case in chosen.items()]
+    # What the table leaves out for this Triton, the portable kernels take.
+    return [(name, functools.partial(_run, *case)) for name, case in chosen.items() if case[0] in FORWARD]

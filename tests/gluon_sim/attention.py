@@ -60,7 +60,9 @@ class Problem:
         longest = [0, 0]
         if self.lengths:
             for i, lengths in enumerate(zip(*self.lengths, strict=True)):
-                bounds[i] = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+                bounds[i] = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32).to(
+                    query.device
+                )
                 longest[i] = max(lengths)
         return Call(
             query, key, value, bounds[0], bounds[1], *longest, mask=None, slopes=None, sinks=None, seed=None,

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces what is simulated", allow_module_level=True)
 
+from fastformer.kernels.attention import forward, hopper
 from tests import gluon_sim
 from tests.gluon_sim.attention import Problem, simulated
 from tests.ops.attention_oracle import as_exact
@@ -179,3 +180,44 @@ def test_a_planted_fault_is_caught(name, monkeypatch):
     for seed in range(3):
         with pytest.raises(tuple(getattr(gluon_sim, fault) for fault in faults.split())):
             simulated(problem.call(*inputs), monkeypatch, seed, edit)
+
+
+def test_the_launcher_takes_them(monkeypatch):
+    """Through the portable launcher: what the Hopper kernels take goes to them."""
+    problem = QUICK["D64 full"]
+    inputs = problem.draw()
+    expected = simulated(problem.call(*inputs), monkeypatch)
+    monkeypatch.setattr(forward, "hopper_chosen", lambda device: True)
+    found = forward.attention_forward(problem.call(*inputs))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q.float(), k.float(), v.float()),
+        lambda q, k, v: (q[..., :32], k[..., :32], v[..., :32]),
+        lambda q, k, v: (q, k, v[..., :32]),
+        lambda q, k, v: (q[:, :, :0], k, v),
+        lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]),
+        lambda q, k, v: (torch.randn(1, 2, 130, 65).half()[..., 1:], k, v),
+        lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
+        lambda q, k, v: (q, k[:, :, :1].expand(k.shape), v),
+    ],
+    ids=["fp32", "D32", "uneven D", "no queries", "no keys", "unaligned", "last stride", "repeated key"],
+)
+def test_what_they_do_not_take(change):
+    problem = Problem()
+    assert hopper.hopper_forward(problem.call(*change(*problem.draw()))) is None
+
+
+def test_rules_they_do_not_take():
+    problem = Problem()
+    inputs = problem.draw()
+    for name, value in (("sinks", torch.zeros(2)), ("slopes", torch.zeros(2)), ("mask", torch.zeros(1, 2, 130, 200))):
+        call = problem.call(*inputs)
+        setattr(call, name, value)
+        assert hopper.hopper_forward(call) is None
+    problem.rules = {"scale": -0.1}
+    assert hopper.hopper_forward(problem.call(*inputs)) is None

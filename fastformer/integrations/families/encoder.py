@@ -21,6 +21,7 @@ from torch import Tensor
 from fastformer import ops
 from fastformer.integrations.attend import attend, attend_packed
 from fastformer.integrations.families import batch
+from fastformer.integrations.packed_linear import project
 from fastformer.integrations.plan import Plan
 from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.norm import has_hooks, is_plain_dropout, is_plain_norm
@@ -162,7 +163,7 @@ class SelfAttention:
         table = self._table
         shape = (getattr(self, table.heads), getattr(self, table.head_size))
         # [batch, seqlen, heads, head_dim] each; batch is 1 when packed
-        q, k, v = (getattr(self, name)(hidden_states).unflatten(-1, shape) for name in table.projections)
+        q, k, v = (x.unflatten(-1, shape) for x in project(self, table.projections, hidden_states))
         dropout_p = getattr(self, table.dropout).p if self.training else 0.0  # type: ignore[attr-defined]
         if plan.packing is not None:
             lengths, longest = plan.packing.cu_seqlens, plan.packing.max_seqlen

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.attention import kernel
-from fastformer.ops.attention.options import Options, check_extras, check_heads, check_mask, read_options
+from fastformer.ops.attention.options import Options, check_extras, check_heads, check_mask, once, read_options
 from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
@@ -82,14 +82,22 @@ def scaled_dot_product_attention(
             dropout_seed=dropout_seed,
         )
         return (result[0].squeeze(0), result[1].squeeze(0)) if isinstance(result, tuple) else result.squeeze(0)
-    check_tensor("query", query, ndim=4)
-    check_heads(query, key, value, 1, enable_gqa)
-    batch, heads, q_len, head_dim = query.shape
-    if key.shape[0] != batch:
-        raise ValueError(f"key must have query's batch size {batch}, got {key.shape[0]}")
-    options = read_options(head_dim, dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    check_extras(query, heads, batch, alibi_slopes, sinks, dropout_seed)
-    check_mask(attn_mask, query, (batch, heads, q_len, key.shape[2]))
+
+    def check() -> Options:
+        check_tensor("query", query, ndim=4)
+        check_heads(query, key, value, 1, enable_gqa)
+        batch, heads, q_len, head_dim = query.shape
+        if key.shape[0] != batch:
+            raise ValueError(f"key must have query's batch size {batch}, got {key.shape[0]}")
+        check_extras(query, heads, batch, alibi_slopes, sinks, dropout_seed)
+        check_mask(attn_mask, query, (batch, heads, q_len, key.shape[2]))
+        return read_options(head_dim, dropout_p, is_causal, scale, causal_alignment, window, softcap)
+
+    options = once(
+        check,
+        (query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed),
+        ("dense", dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap),
+    )
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

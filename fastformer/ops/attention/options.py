@@ -17,10 +17,13 @@ logit in the softmax's denominator, without a value. Dropout acts on the probabi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastformer.ops.validate import check_probability, check_tensor
 
@@ -58,6 +61,40 @@ class Options:
     def banded(self) -> bool:
         """Whether the place (i, j) alone can hide a key: causal or window."""
         return self.is_causal or self.has_window
+
+
+_passed: dict[Any, Options] = {}
+
+
+def once(check: Callable[[], Options], tensors: tuple[object, ...], numbers: tuple[Any, ...]) -> Options:
+    """check(), or what it said of an earlier call of the same kind: checks cost more than a launch.
+
+    Args:
+        check: looks at nothing but the tensors' shapes, dtypes and devices, and the numbers.
+        tensors: the call's tensor arguments; anything but plain tensors and None is checked each time.
+        numbers: its other arguments, with what tells apart different checks.
+    """
+    if torch.compiler.is_compiling():
+        return check()
+    kind: list[Any] = [numbers]
+    for x in tensors:
+        if x is None:
+            kind.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:
+            kind.append((x.shape, x.dtype, x.device))
+        else:
+            return check()
+    try:
+        key = tuple(kind)
+        found = _passed.get(key)
+    except TypeError:  # a list for the window
+        return check()
+    if found is None:
+        found = check()
+        if len(_passed) >= 256:
+            _passed.clear()
+        _passed[key] = found
+    return found
 
 
 def read_options(

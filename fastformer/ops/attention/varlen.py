@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.attention import kernel
-from fastformer.ops.attention.options import Options, check_extras, check_heads, read_options
+from fastformer.ops.attention.options import Options, check_extras, check_heads, once, read_options
 from fastformer.ops.attention.packed_cpu import packed_cpu
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.backend import backend_for
@@ -60,11 +60,35 @@ def attention_varlen(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    check_tensor("query", query, ndim=3)
-    check_heads(query, key, value, 1, enable_gqa)
-    options = read_options(query.shape[-1], dropout_p, is_causal, scale, causal_alignment, window, softcap)
-    batch = _check_boundaries(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_extras(query, query.shape[1], batch, alibi_slopes, sinks, dropout_seed)
+
+    def check() -> Options:
+        check_tensor("query", query, ndim=3)
+        check_heads(query, key, value, 1, enable_gqa)
+        options = read_options(query.shape[-1], dropout_p, is_causal, scale, causal_alignment, window, softcap)
+        batch = _check_boundaries(query, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        check_extras(query, query.shape[1], batch, alibi_slopes, sinks, dropout_seed)
+        return options
+
+    options = once(
+        check,
+        (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed),
+        (
+            "packed",
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_alignment,
+            window,
+            softcap,
+        ),
+    )
+    # Reading these does not wait for a device.
+    if query.device.type == "cpu" and type(cu_seqlens_q) is Tensor and not torch.compiler.is_compiling():
+        _check_values("q", cu_seqlens_q, max_seqlen_q, query.shape[0])
+        _check_values("k", cu_seqlens_k, max_seqlen_k, key.shape[0])
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -118,9 +142,9 @@ def _is_plain(options: Options) -> bool:
 
 
 def _check_boundaries(
-    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+    query: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> int:
-    """Check shapes, and values where reading them does not wait for a device; returns the number of sequences."""
+    """Check shapes and dtypes; returns the number of sequences."""
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, cu, ndim=1, dtypes=(torch.int32,), device=query.device)
         if cu.shape[0] < 1:
@@ -133,19 +157,15 @@ def _check_boundaries(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(longest, Tensor) or longest < 0:
             raise ValueError(f"{name} must be an int >= 0, got {longest!r}")
-    if query.device.type == "cpu" and type(cu_seqlens_q) is Tensor and not torch.compiler.is_compiling():
-        for which, cu, longest, tokens in (
-            ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
-            ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
-        ):
-            bounds = cu.tolist()
-            lengths = [b - a for a, b in itertools.pairwise(bounds)]
-            if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
-                raise ValueError(
-                    f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
-                )
-            if max(lengths, default=0) > longest:
-                raise ValueError(
-                    f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}"
-                )
     return cu_seqlens_q.shape[0] - 1
+
+
+def _check_values(which: str, cu_seqlens: Tensor, longest: int, tokens: int) -> None:
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
+        )
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}")

@@ -1,0 +1,99 @@
+"""Several linear layers of one input as one matrix product, over the parameters that are there.
+
+The parameters are moved side by side into one buffer, each a view of it: names, shapes, state_dict and optimizers stay
+as they are, updates in place are seen, and the buffer is the weight of all layers at once. Gradients come as parts of
+one product. `separate` undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastformer.nn.parts import has_hooks
+
+_MARK = "fastformer_side_by_side"
+
+
+def project(module: Any, names: Sequence[str], hidden: Tensor) -> Sequence[Tensor]:
+    """What the linear layers `names` of a module make of `hidden`: [..., features] each.
+
+    Layers that are hooked, wrapped or not plain (adapters, quantisation), and parameters that something else keeps in a
+    buffer of its own, are called one by one.
+    """
+    layers = [getattr(module, name) for name in names]
+    if not _are_plain(layers, hidden):
+        return [layer(hidden) for layer in layers]
+    weights: list[Any] = [layer.weight for layer in layers]
+    biases: list[Any] = [layer.bias for layer in layers if layer.bias is not None]
+    if not (_side_by_side(module, weights) and (not biases or _side_by_side(module, biases))):
+        return [layer(hidden) for layer in layers]
+    weight = _Joined.apply(*weights)
+    bias = _Joined.apply(*biases) if biases else None
+    return F.linear(hidden, weight, bias).split([w.shape[0] for w in weights], dim=-1)
+
+
+def separate(module: torch.nn.Module) -> None:
+    """Give every parameter that `project` has moved memory of its own again."""
+    for name in module.__dict__.pop(_MARK, ()):
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.clone()
+
+
+def _are_plain(layers: list[torch.nn.Module], hidden: Tensor) -> bool:
+    if torch.compiler.is_compiling() or hidden.device.type == "meta":
+        return False
+    biased = {getattr(layer, "bias", None) is not None for layer in layers}
+    return len(biased) == 1 and all(
+        type(layer) is torch.nn.Linear
+        and not has_hooks(layer)
+        and all(type(p) is torch.nn.Parameter for p in layer.__dict__["_parameters"].values() if p is not None)
+        for layer in layers
+    )
+
+
+def _side_by_side(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether parameters lie one after another in memory, after moving them there if nothing else has a say in it."""
+    end = parameters[0].data_ptr()
+    for p in parameters:
+        if p.data_ptr() != end or not p.is_contiguous():
+            return _move(module, parameters)
+        end += p.numel() * p.element_size()
+    return len({p.dtype for p in parameters}) == 1
+
+
+def _move(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> bool:
+    first = parameters[0]
+    for p in parameters:
+        alone = p.untyped_storage().nbytes() == p.numel() * p.element_size() and p.is_contiguous()
+        alike = p.dtype == first.dtype and p.device == first.device and p.shape[1:] == first.shape[1:]
+        if not alone or not alike or p.is_inference():
+            return False
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    with torch.no_grad():
+        joined = torch.cat([p.detach().flatten() for p in parameters])
+        for p, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view(p.shape)
+    moved = {id(p) for p in parameters}
+    names = {name for name, p in module.named_parameters() if id(p) in moved}
+    module.__dict__[_MARK] = tuple(sorted({*module.__dict__.get(_MARK, ()), *names}))
+    return True
+
+
+class _Joined(torch.autograd.Function):
+    """Parameters that lie side by side as one tensor, joined along the first dimension; nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [p.shape[0] for p in parameters]
+        first = parameters[0].detach()
+        return first.as_strided((sum(ctx.sizes), *first.shape[1:]), first.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.split(ctx.sizes)

@@ -1,0 +1,169 @@
+"""Launches that skip Triton's argument binding when they repeat an earlier one.
+
+Triton binds, classifies and prints all arguments of every launch before it looks for the compiled kernel: 9–11 µs of
+host time, more than a BERT layer's small kernels run. A repeated launch needs none of that.
+
+- The first launch of its kind is Triton's own (`JITFunction.run`), and the compiled kernel it answers with is kept.
+- Its key holds all that Triton can specialise on, and repeats nothing of Triton's rules: numbers and constants by value
+  and type; of tensors the dtype and the address modulo 16, on AMD also whether the storage lies within 2 GiB (which
+  decides on buffer instructions); the launch options, the device, and the switches that Triton reads at every launch.
+- A later launch with the same key calls the compiled kernel's launcher with plain addresses, on the stream that is
+  current then: it can be captured in a CUDA graph. Where numbers change from step to step, as packed batches' token
+  counts do, the first layer pays for Triton's own launch and the others do not.
+- With launch hooks (profilers) or pre-run hooks installed, and while a target is assumed (ahead-of-time compilation),
+  every launch is Triton's own. In the interpreter kernels stay what `triton.jit` makes of them.
+
+What Triton checks at every launch and a repeated one does not: that pointers lie on the device (`fastformer.ops` checks
+it), and that no global constant of a kernel was reassigned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastformer.kernels import targets
+
+# Distinct launches that a kernel (or a prepared launch) remembers; a training step makes a few.
+KEPT = 256
+
+_TWO_GIB = 2**31 - 1
+_HIP = torch.version.hip is not None
+
+
+class _Launcher:
+    """A Triton kernel, launched as `kernel[grid](*tensors, *others, **constants_and_launch_options)`.
+
+    Its leading parameters with upper-case names take tensors or None, the others numbers, bools, strings, dtypes or
+    None. Tensors and numbers are passed by position, constants also by name.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.__name__, self.__doc__ = kernel.fn.__name__, kernel.fn.__doc__
+        taking = [p.name.isupper() and not p.is_constexpr for p in kernel.params]
+        self.tensors = (*taking, False).index(False)
+        self.found: dict[Any, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        others = args[self.tensors :]
+        key = (others, tuple(map(type, others)), tuple(options.items()))
+        _launch(self, self.found, key, grid, args[: self.tensors], others, options)
+
+
+def launcher(kernel: Any) -> Any:
+    """Decorator above `triton.jit` that makes repeated launches cheap; the kernel is launched as before.
+
+    Tensors come first, under upper-case names; they and numbers are passed by position, constants also by name.
+    """
+    return _Launcher(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+class Prepared:
+    """A launch of which only the tensors are open, for callers that keep the rest between calls.
+
+    Args:
+        kernel: as `launcher` returns it.
+        grid: one to three ints.
+        others: the arguments by position behind the tensors.
+        options: constants by name and launch options (num_warps, …).
+    """
+
+    __slots__ = ("found", "grid", "kernel", "options", "others")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.others, self.options = kernel, grid, others, options
+        self.found: dict[Any, Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        kernel = self.kernel
+        if type(kernel) is _Launcher:
+            _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options)
+        else:
+            kernel[self.grid](*tensors, *self.others, **self.options)
+
+
+def _hooked(hook: Any) -> bool:
+    """Whether a launch hook of Triton's is more than an empty chain."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _launch(
+    kernel: _Launcher,
+    found: dict[Any, Any],
+    kind: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    others: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """Launch from `found` or for the first time; `kind` stands in the key for others and options."""
+    jit, runtime = kernel.kernel, knobs.runtime
+    if (
+        targets.assumed()
+        or jit.pre_run_hooks
+        or _hooked(runtime.launch_enter_hook)
+        or _hooked(runtime.launch_exit_hook)
+        or runtime.add_stages_inspection_hook is not None
+    ):
+        jit[grid](*tensors, *others, **options)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    key = (
+        kind,
+        active,
+        device,
+        runtime.debug,
+        knobs.compilation.instrumentation_mode,
+        *[None if t is None else t.dtype for t in tensors],
+        *[p and p & 15 for p in pointers],
+    )
+    if _HIP:
+        key += tuple(t is not None and t.untyped_storage().size() <= _TWO_GIB for t in tensors)
+    known = found.get(key)
+    if known is None:
+        _first(kernel, found, key, grid, tensors, others, options)
+        return
+    run, function, metadata, tail = known
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others, *tail)
+
+
+def _first(
+    kernel: _Launcher,
+    found: dict[Any, Any],
+    key: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    others: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    jit = kernel.kernel
+    # Parameters that come by name are constants, or the key would have to tell their types apart.
+    named = [p.name for p in jit.params[len(tensors) + len(others) :] if p.is_constexpr and p.name in options]
+    by_position = len(jit.params) - kernel.tensors - len(named)
+    if (len(tensors), len(others)) != (kernel.tensors, by_position) or any(isinstance(x, Tensor) for x in others):
+        raise TypeError(
+            f"{jit.fn.__name__} takes {kernel.tensors} tensors and then {by_position} other arguments by position, "
+            f"got {len(tensors)} and {len(others)}"
+        )
+    compiled = jit[grid](*tensors, *others, **options)
+    # A hook may have compiled or launched in its own way; then there is nothing to keep.
+    if type(compiled) is CompiledKernel:
+        if len(found) >= KEPT:
+            found.clear()
+        found[key] = compiled.run, compiled.function, compiled.packed_metadata, tuple(options[name] for name in named)

@@ -1,0 +1,129 @@
+"""The Hopper attention kernels, forced. Once these tests pass on a GPU, its name and the version of Triton may enter
+`HOPPER_PROVEN` in kernels/targets.py. A rehearsal runs them through the simulator (tests/gluon_sim)."""
+
+import math
+
+import pytest
+import torch
+
+from fastformer.kernels.attention import forward, hopper
+from tests.gluon_sim import kernel
+from tests.gluon_sim.attention import Problem
+from tests.ops.attention_oracle import as_exact
+
+CAUSAL = {"causal": True}
+SHIFTED = {"causal": True, "bottom_right": True}
+RULES = {
+    "full": {},
+    "causal": CAUSAL,
+    "shifted": SHIFTED,
+    "window": {"left": 70, "right": 9, "bottom_right": True},
+    "softcap": {"softcap": 2.0},
+    "all": SHIFTED | {"left": 60, "softcap": 5.0},
+}
+
+
+@pytest.fixture
+def launches(monkeypatch, device, tiny):
+    """Makes calls take the Hopper kernels, and counts their launches."""
+    counted = []
+    if tiny:
+        real = kernel("fastformer.kernels.attention.hopper_forward", "forward_kernel")
+        monkeypatch.setattr(forward, "hopper_chosen", lambda device: True)
+    else:
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            pytest.skip("no Hopper GPU")
+        real = hopper.forward_kernel
+        monkeypatch.setenv("FASTFORMER_BACKEND", "hopper")
+
+    class Counting:
+        def __getitem__(self, grid):
+            counted.append(grid)
+            return real[grid]
+
+    monkeypatch.setattr(hopper, "forward_kernel", Counting())
+    return counted
+
+
+def attend(problem, device, launches, seed=0):
+    """(output and LSE, inputs) of one call."""
+    before = len(launches)
+    inputs = [x.to(device) for x in problem.draw(seed)]
+    call = problem.call(*inputs)
+    results = forward.attention_forward(call)
+    assert len(launches) == before + 1
+    return results, inputs
+
+
+def check(problem, device, launches):
+    (out, lse), inputs = attend(problem, device, launches)
+    exact, exact_lse = problem.expected(*(x.double() for x in inputs))
+    stock, stock_lse = problem.expected(*inputs)
+    seen = exact_lse != -math.inf
+    assert torch.equal(lse != -math.inf, seen)
+    as_exact(out, stock, exact, "output")
+    as_exact(*(torch.where(seen, x, 0.0) for x in (lse, stock_lse, exact_lse)), "lse")
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 239), (239, 1), (113, 203), (128, 128), (799, 3), (1024, 2048)])
+def test_shapes(lengths, head_dim, rules, device, launches, tiny, working_dtype):
+    if head_dim not in hopper.FORWARD:
+        pytest.skip("not in the table for this Triton")
+    if tiny and (head_dim != 64 or sum(lengths) > 320):
+        pytest.skip("too long for a rehearsal")
+    problem = Problem(
+        *lengths, head_dim, heads=4, kv_heads=2, batch=1 if tiny else 3, rules=RULES[rules], dtype=working_dtype
+    )
+    check(problem, device, launches)
+
+
+@pytest.mark.parametrize("rules", ["full", "causal", "all"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed(head_dim, rules, device, launches, tiny, working_dtype):
+    lengths = [(70, 70), (0, 0), (1, 1), (140, 140)] + ([] if tiny else [(n, n) for n in range(100, 900, 61)])
+    if tiny and head_dim > 64:
+        pytest.skip("too long for a rehearsal")
+    problem = Problem(head_dim=head_dim, lengths=lengths, spare=150, rules=RULES[rules], dtype=working_dtype)
+    check(problem, device, launches)
+
+
+@pytest.mark.parametrize("rules", ["full", "causal"])
+def test_a_neighbour_does_not_leak(rules, device, launches, working_dtype):
+    """The last tile of a sequence reaches into the next, whose values are NaN."""
+    problem = Problem(head_dim=64, lengths=[(90, 90), (60, 60)], heads=1, rules=RULES[rules], dtype=working_dtype)
+    inputs = [x.to(device) for x in problem.draw()]
+    clean = forward.attention_forward(problem.call(*inputs))
+    inputs[2][90:] = math.nan
+    inputs[1][90:] = math.nan
+    dirty = forward.attention_forward(problem.call(*inputs))
+    assert torch.equal(clean[0][:90], dirty[0][:90])
+    assert torch.equal(clean[1][:, :90], dirty[1][:, :90])
+    assert dirty[0][90:].isnan().all()
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_repeats_are_equal_bit_for_bit(head_dim, rules, device, launches, tiny, working_dtype):
+    """A race between the producer and its consumers would show as a difference."""
+    if head_dim not in hopper.FORWARD or (tiny and head_dim > 64):
+        pytest.skip("not in the table for this Triton, or too long for a rehearsal")
+    length = 200 if tiny else 4096
+    problem = Problem(length, length, head_dim, heads=2 if tiny else 16, rules=RULES[rules], dtype=working_dtype)
+    inputs = [x.to(device) for x in problem.draw()]
+    first = forward.attention_forward(problem.call(*inputs))
+    for _ in range(2 if tiny else 100):
+        again = forward.attention_forward(problem.call(*inputs))
+        assert torch.equal(again[0], first[0])
+        assert torch.equal(again[1], first[1])
+
+
+def test_what_they_do_not_take_runs_anyway(device, launches, working_dtype):
+    """Head dimensions, masks and so on that only the portable kernels have."""
+    problem = Problem(20, 30, 32, dtype=working_dtype)
+    inputs = [x.to(device) for x in problem.draw()]
+    out, _ = forward.attention_forward(problem.call(*inputs))
+    assert not launches
+    as_exact(out, problem.expected(*inputs)[0], problem.expected(*(x.double() for x in inputs))[0], "output")
