@@ -7,14 +7,18 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.hopper_backward import backward_key_kernel
 from fastformer.kernels.attention.hopper_forward import forward_kernel
 
-BLOCK_M = 128
+BLOCK = 128  # rows of a program: queries in forward, keys in backward
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
 FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
-    # Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (16 to 80 bytes of scratch memory).
-    FORWARD = {64: (128, 3), 128: (64, 4)}
+    # Triton 3.9 gives ptxas --regAllocOptLevel=2, with which the wider tile spills 36 bytes.
+    FORWARD[128] = (64, 4)
+# Head dimension: (tile of queries, stages) of the dK and dV kernel. At 128 the two sums leave too few registers: with
+# tiles of 32 queries 32 bytes spill.
+BACKWARD_KEY = {64: (64, 3)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -70,7 +74,7 @@ def _planes(call: Call) -> list[_Plane] | None:
     if rules or call.head_dim != call.value_dim or call.head_dim not in FORWARD:
         return None
     # The largest score is looked for before scaling; offsets within a tile of the output are 32-bit.
-    if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK_M * call.heads * call.head_dim >= 2**31:
+    if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK * call.heads * call.head_dim >= 2**31:
         return None
     if not (call.query.numel() and call.key.numel()):
         return None
@@ -94,13 +98,13 @@ def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     o_sb, o_sh, o_st = call.strides(out)
     l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    tiles = max(1, triton.cdiv(call.q_len, BLOCK_M))
+    tiles = max(1, triton.cdiv(call.q_len, BLOCK))
     count = (call.batch + call.packed) * call.heads
     group = call.heads // call.kv_heads
     section = group * max(1, _L2_BYTES // (4 * max(1, call.k_len) * call.head_dim))
     q, k, v = planes
     forward_kernel[(tiles * count,)](
-        q.descriptor(BLOCK_M), k.descriptor(block_n), v.descriptor(block_n), out, lse, call.cu_q, call.cu_k,
+        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), out, lse, call.cu_q, call.cu_k,
         *q.steps, *k.steps, *v.steps, o_sb, o_sh, o_st, l_sb, l_sh, tiles, call.heads, count, min(section, count),
         call.q_len, call.k_len, tokens, *call.scales, call.left, call.right,
         GROUP=group, BOTTOM_RIGHT=call.constants["BOTTOM_RIGHT"], CAUSAL=call.constants["CAUSAL"],
@@ -108,3 +112,33 @@ def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
         BLOCK_N=block_n, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, lse
+
+
+def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> bool:
+    """Fills dk and dv, which have the same strides, or answers False for a call that these kernels do not take.
+
+    Args:
+        lse, delta: as the forward and dQ kernels leave them; contiguous. grad_out: like the output.
+    """
+    planes = _planes(call)
+    if planes is None or call.head_dim not in BACKWARD_KEY:
+        return False
+    try:
+        do = _Plane(grad_out, call.strides(grad_out))
+    except ValueError:
+        return False
+    block_m, stages = BACKWARD_KEY[call.head_dim]
+    q, k, v = planes
+    l_sb, l_sh = (0, call.query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
+    tiles = max(1, triton.cdiv(call.k_len, BLOCK))
+    count = (call.batch + call.packed) * call.kv_heads
+    backward_key_kernel[(tiles * count,)](
+        q.descriptor(block_m), k.descriptor(BLOCK), v.descriptor(BLOCK), do.descriptor(block_m), lse, delta, dk, dv,
+        call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(dk), l_sb, l_sh, tiles,
+        call.kv_heads, count, call.q_len, call.k_len, call.key.shape[0] if call.packed else 0, call.scale,
+        *call.scales, call.left, call.right,
+        GROUP=call.heads // call.kv_heads, BOTTOM_RIGHT=call.constants["BOTTOM_RIGHT"], CAUSAL=call.constants["CAUSAL"],
+        LEFT=call.left >= 0, RIGHT=call.right >= 0, SOFTCAP=call.constants["SOFTCAP"], HEAD_DIM=call.head_dim,
+        BLOCK_M=block_m, STAGES=stages, num_warps=4,
+    )  # fmt: skip
+    return True

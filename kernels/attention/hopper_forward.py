@@ -202,26 +202,25 @@ def _advance(
 
 @gluon.jit
 def _consume(
-    OUT, LSE, q_smem, k_smem, v_smem, zeros, flag_smem, q_full, k_full, k_empty, v_full, v_empty, meet, o_st,
-    first_row, q_len, k_len, offset, left, right, scale_in, scale_out, last_tile, edge_tiles, whole_end, tiles,
+    q_smem, lse_smem, k_smem, v_smem, zeros, flag_smem, q_full, k_full, k_empty, v_full, v_empty, meet,
+    first_row, k_len, offset, left, right, scale_in, scale_out, last_tile, edge_tiles, whole_end, tiles,
     WHICH: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of ROWS rows. OUT and LSE point to the program's first row.
+    """LSE of ROWS rows, and their output, left where their queries lay.
 
     Args:
         last_tile: number of the last tile of keys; step j takes tile last_tile - j.
         edge_tiles, whole_end, tiles: steps [0, edge_tiles) are checked, [edge_tiles, whole_end) are not, and
             [whole_end, tiles) are again. The first step is checked always.
     """
-    DTYPE: gl.constexpr = OUT.dtype.element_ty
+    DTYPE: gl.constexpr = q_smem.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     stat_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    place = WHICH * ROWS
     q = q_smem.slice(WHICH * ROWS, ROWS)
     flags = flag_smem.index(WHICH)
-    row = first_row + place + gl.arange(0, ROWS, stat_layout)
+    row = first_row + WHICH * ROWS + gl.arange(0, ROWS, stat_layout)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
     weights = gl.zeros([ROWS, BLOCK_N], DTYPE, gl.DotOperandLayout(0, out_layout, 2))
     peak = gl.full([ROWS], float("-inf"), gl.float32, stat_layout)
@@ -260,13 +259,8 @@ def _consume(
     total = gl.where(empty, 1.0, total)
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
     lse = gl.where(empty, float("-inf"), peak * factor * LN2 + gl.log(total))
-    gl.store(LSE + (place + gl.arange(0, ROWS, stat_layout)), lse, mask=row < q_len)
-    # Through the shared memory of its queries, which nobody reads any more, so that threads store 16 bytes each.
+    lse_smem.slice(WHICH * ROWS, ROWS).store(lse)
     q.store(acc.to(DTYPE))
-    wide: gl.constexpr = wide_layout(HEAD_DIM)
-    m = place + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
-    gl.store(OUT + (m[:, None] * o_st + d[None, :]), q.load(wide), mask=(first_row + m < q_len)[:, None])
 
 
 @gluon.jit
@@ -300,9 +294,9 @@ def forward_kernel(
     program = held(gl.program_id(0))
     first_plane = program // (tiles * section) * section
     within = program - first_plane * tiles
-    wide = gl.minimum(section, planes - first_plane)
-    tile = within // wide
-    plane = first_plane + within % wide
+    abreast = gl.minimum(section, planes - first_plane)
+    tile = within // abreast
+    plane = first_plane + within % abreast
     if CAUSAL:
         tile = tiles - 1 - tile  # the longest rows first
     batch = plane // heads
@@ -349,6 +343,7 @@ def forward_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DTYPE: gl.constexpr = OUT.dtype.element_ty
     q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], smem)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M], flat)
     k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], smem)
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], smem)
     flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, BLOCK_N], flat)
@@ -372,16 +367,23 @@ def forward_kernel(
                 batch * v_rb + kv_head * v_rh + last_key, kv_head * v_ch, count, HEAD_DIM, BLOCK_N, STAGES,
             )),
             (_consume, (
-                OUT, LSE, q_smem, k_smem, v_smem, zeros, flags, q_full, k_full, k_empty, v_full, v_empty, meet, o_st,
-                row_start, q_len, k_len, offset, left, right, scale_in, scale_out, end_tile - 1, end_tile - whole_last,
+                q_smem, lse_smem, k_smem, v_smem, zeros, flags, q_full, k_full, k_empty, v_full, v_empty, meet,
+                row_start, k_len, offset, left, right, scale_in, scale_out, end_tile - 1, end_tile - whole_last,
                 end_tile - whole_first, count, 0, CAUSAL, LEFT, RIGHT, SOFTCAP, HEAD_DIM, BLOCK_N, STAGES,
             )),
             (_consume, (
-                OUT, LSE, q_smem, k_smem, v_smem, zeros, flags, q_full, k_full, k_empty, v_full, v_empty, meet, o_st,
-                row_start, q_len, k_len, offset, left, right, scale_in, scale_out, end_tile - 1, end_tile - whole_last,
+                q_smem, lse_smem, k_smem, v_smem, zeros, flags, q_full, k_full, k_empty, v_full, v_empty, meet,
+                row_start, k_len, offset, left, right, scale_in, scale_out, end_tile - 1, end_tile - whole_last,
                 end_tile - whole_first, count, 1, CAUSAL, LEFT, RIGHT, SOFTCAP, HEAD_DIM, BLOCK_N, STAGES,
             )),
         ],
         [4, 4],
         [240, 240],
     )  # fmt: skip
+    # Stored by the producer's warps: consumers need not hold the addresses, and 16 bytes a thread go out at once.
+    wide: gl.constexpr = wide_layout(HEAD_DIM)
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
+    inside = row_start + m < q_len
+    gl.store(OUT + (m[:, None] * o_st + d[None, :]), q_smem.load(wide), mask=inside[:, None])
+    gl.store(LSE + m, lse_smem.load(gl.SliceLayout(1, wide)), mask=inside)

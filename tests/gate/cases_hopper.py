@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.hopper import FORWARD, hopper_forward
+from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_forward
 from fastformer.kernels.targets import target_of
 
 BATCH, HEADS, KV_HEADS, LENGTH = 4, 8, 2, 1024
@@ -33,27 +33,39 @@ def _call(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> 
     )  # fmt: skip
 
 
-def _run(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
+def _forward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
     if hopper_forward(_call(dim, dtype, packed, rules)) is None:
         raise AssertionError("the Hopper kernels do not take this call")
 
 
+def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
+    call = _call(dim, dtype, packed, rules)
+    lse = torch.empty(BATCH * LENGTH * HEADS, device="meta")
+    dk, dv = call.empty_like(call.key), call.empty_like(call.value)
+    if not hopper_backward_key(call, lse, lse, torch.empty_like(call.query), dk, dv):
+        raise AssertionError("the Hopper kernels do not take this call")
+
+
 def cases() -> list[tuple[str, Callable[[], None]]]:
-    """(name, forward on meta tensors); on sm_90 alone."""
+    """(name, one kernel on meta tensors); on sm_90 alone."""
     if target_of(torch.device("meta")).name != "sm_90":
         return []
     bf16, fp16 = torch.bfloat16, torch.float16
-    chosen = {
+    forward = {
         "full-64": (64, bf16, False, {}),
         "full-128": (128, bf16, False, {}),
-        "full-256": (256, fp16, False, {}),
         "causal-128": (128, bf16, False, CAUSAL),
         "window-128": (128, fp16, False, WINDOW),
         "packed-causal-64": (64, fp16, True, CAUSAL),
         "packed-causal-256": (256, bf16, True, CAUSAL),
-        "packed-rich-64": (64, bf16, True, RICH),
         "packed-rich-128": (128, bf16, True, RICH),
-        "packed-rich-256": (256, bf16, True, RICH),
+        "packed-rich-256": (256, fp16, True, RICH),
     }
-    # What the table leaves out for this Triton, the portable kernels take.
-    return [(name, functools.partial(_run, *case)) for name, case in chosen.items() if case[0] in FORWARD]
+    backward = {
+        "backward-full-64": (64, bf16, False, {}),
+        "backward-packed-rich-64": (64, fp16, True, RICH),
+    }
+    return [
+        *((name, functools.partial(_forward, *case)) for name, case in forward.items()),
+        *((name, functools.partial(_backward, *case)) for name, case in backward.items()),
+    ]

@@ -27,7 +27,7 @@ from fastformer.kernels.targets import Target
 
 from . import resources, specialised
 from .resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units
-from .specialised import lost_specialisation
+from .specialised import lost_specialisation, machine_code
 
 # Named after the code that reads the reports, so that a change there is never answered from the cache.
 _READERS = b"".join(Path(module.__file__).read_bytes() for module in (resources, specialised))
@@ -107,7 +107,8 @@ def _resources(kernel: Any, log: str, target: Target) -> Resources:
     figures = from_ptxas(log) if kernel.metadata.target.backend == "cuda" else from_amdgcn(kernel.asm["amdgcn"])
     if "requestedRegisters" in kernel.asm["ttgir"]:
         # The machine code is disassembled only where something is looked for in it.
-        figures["warnings"] += lost_specialisation(kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["sass"])
+        code = machine_code(kernel.asm["cubin"])
+        figures["warnings"] += lost_specialisation(kernel.asm["ttgir"], kernel.asm["ptx"], code)
     figures["warnings"] += lost_matrix_units(kernel.asm["ttgir"], target, kernel.metadata.num_warps)
     return Resources(
         kernel=kernel.metadata.name,

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
+
+from triton import knobs
+
+
+def machine_code(cubin: bytes) -> str:
+    """Disassembly of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def lost_specialisation(ttgir: str, ptx: str, sass: str) -> tuple[str, ...]:
@@ -11,8 +24,8 @@ def lost_specialisation(ttgir: str, ptx: str, sass: str) -> tuple[str, ...]:
     Args:
         ttgir: Triton's GPU IR; `requestedRegisters` names what each worker partition is to have.
         ptx: there `setmaxnreg` moves registers between partitions.
-        sass: there HGMMA is a wgmma, UTMALDG a TMA load, and a DEPBAR with a bound above 0 a product that is not
-            waited for at once.
+        sass: its disassembly; there HGMMA is a wgmma, UTMALDG a TMA load, and a DEPBAR with a bound above 0 a wait that
+            leaves a product under way.
     """
     requested = re.search(r"requestedRegisters = array<i32: ([\d, ]+)>", ttgir)
     if requested is None:

@@ -103,3 +103,30 @@ def simulated(call: Call, monkeypatch: Any, seed: object = 0, edit: Any = None) 
     results = hopper.hopper_forward(call)
     assert results is not None, "the Hopper kernels do not take this call"
     return results
+
+
+def simulated_gradients(
+    problem: Problem, inputs: list[Tensor], grad_out: Tensor, monkeypatch: Any, seed: object = 0, edit: Any = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(dK, dV) from `hopper_backward_key` in the simulator, and by autograd in the working dtype and in float64.
+
+    LSE and delta are those of float64.
+    """
+    backward = kernel("fastformer.kernels.attention.hopper_backward", "backward_key_kernel", edit)
+    backward.seed = seed
+    monkeypatch.setattr(hopper, "backward_key_kernel", backward)
+    measured = []
+    lse = delta = torch.empty(0)
+    for dtype in (problem.dtype, torch.float64):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out, lse = problem.expected(*leaves)
+        measured.append(torch.autograd.grad(out, leaves[1:], grad_out.to(dtype)))
+        delta = (out * grad_out.to(dtype)).sum(-1).detach()
+    delta = delta.t() if problem.lengths else delta
+    call = problem.call(*inputs)
+    dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs[1:])
+    taken = hopper.hopper_backward_key(
+        call, lse.detach().float().contiguous(), delta.float().contiguous(), grad_out, dk, dv
+    )
+    assert taken, "the Hopper kernels do not take this call"
+    return (dk, dv), measured[0], measured[1]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastformer.kernels.attention import forward, hopper
+from fastformer.kernels.attention import backward, forward, hopper
 from tests.gluon_sim import kernel
 from tests.gluon_sim.attention import Problem
 from tests.ops.attention_oracle import as_exact
@@ -27,21 +27,25 @@ RULES = {
 def launches(monkeypatch, device, tiny):
     """Makes calls take the Hopper kernels, and counts their launches."""
     counted = []
-    if tiny:
-        real = kernel("fastformer.kernels.attention.hopper_forward", "forward_kernel")
-        monkeypatch.setattr(forward, "hopper_chosen", lambda device: True)
-    else:
-        if torch.cuda.get_device_capability(device) != (9, 0):
-            pytest.skip("no Hopper GPU")
-        real = hopper.forward_kernel
-        monkeypatch.setenv("FASTFORMER_BACKEND", "hopper")
 
     class Counting:
+        def __init__(self, real):
+            self.real = real
+
         def __getitem__(self, grid):
             counted.append(grid)
-            return real[grid]
+            return self.real[grid]
 
-    monkeypatch.setattr(hopper, "forward_kernel", Counting())
+    if not tiny and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper GPU")
+    if not tiny:
+        monkeypatch.setenv("FASTFORMER_BACKEND", "hopper")
+    for module, name in (("forward", "forward_kernel"), ("backward", "backward_key_kernel")):
+        real = getattr(hopper, name)
+        if tiny:
+            real = kernel(f"fastformer.kernels.attention.hopper_{module}", name)
+            monkeypatch.setattr(f"fastformer.kernels.attention.{module}.hopper_chosen", lambda device: True)
+        monkeypatch.setattr(hopper, name, Counting(real))
     return counted
 
 
@@ -87,6 +91,26 @@ def test_packed(head_dim, rules, device, launches, tiny, working_dtype):
         pytest.skip("too long for a rehearsal")
     problem = Problem(head_dim=head_dim, lengths=lengths, spare=150, rules=RULES[rules], dtype=working_dtype)
     check(problem, device, launches)
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients(packed, rules, device, launches, tiny, working_dtype):
+    """dQ by the portable kernel, dK and dV by the Hopper one, from the Hopper forward's output and LSE."""
+    sizes = {"lengths": [(70, 70), (0, 0), (1, 1), (140, 140)], "spare": 9} if packed else {"q_len": 150, "k_len": 170}
+    if not tiny:
+        sizes = {"lengths": [(n, n) for n in range(100, 900, 61)]} if packed else {"q_len": 1100, "k_len": 1234}
+    problem = Problem(head_dim=64, heads=4, kv_heads=2, dtype=working_dtype, rules=RULES[rules], **sizes)
+    (out, lse), inputs = attend(problem, device, launches)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, working_dtype)
+    ours = backward.attention_backward(problem.call(*inputs), out, lse, grad_out, None)
+    assert len(launches) == 2
+    measured = []
+    for dtype in (working_dtype, torch.float64):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        measured.append(torch.autograd.grad(problem.expected(*leaves)[0], leaves, grad_out.to(dtype)))
+    for name, *values in zip(("dQ", "dK", "dV"), ours, *measured, strict=False):
+        as_exact(*values, name)
 
 
 @pytest.mark.parametrize("rules", ["full", "causal"])
