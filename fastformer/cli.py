@@ -1,4 +1,4 @@
-"""The command line: fastformer demo | info | tokenizer, and --version.
+"""The command line: fastformer demo | info | bench | tokenizer, and --version.
 
 Exit codes: 0 done; 1 failed; 2 the user's to fix, said in one sentence on stderr; 130 interrupted with Ctrl-C.
 """
@@ -64,8 +64,37 @@ def _parser() -> Parser:
         "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
+    _add_bench(commands)
     _add_tokenizer(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="turn benchmark results into tables and plots (in a checkout)")
+    report = bench.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "report",
+        help="tables and plots under bench/results/<device>/",
+        description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and beside "
+        "the machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE, or a folder of make gpu.",
+    )
+    report.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
+    report.add_argument(
+        "--output", type=Path, default=Path("bench/results"), metavar="FOLDER", help="(default: bench/results)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    # The benchmarks are no part of the installed package: they are where `bench` of this repository is found.
+    sys.path.insert(0, os.getcwd())
+    try:
+        from bench.report import ReportError, run
+    except ImportError as error:
+        raise UserError(f"fastformer bench works in the root of a checkout of fastformer ({error})") from None
+    try:
+        return run(args)
+    except ReportError as error:
+        raise UserError(str(error)) from None
 
 
 def _add_tokenizer(commands: Any) -> None:

@@ -10,14 +10,26 @@
   2021, "Primer".
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import launcher
+from fastformer.kernels.launch import Prepared, launcher
 from fastformer.kernels.random import keep_columns
-from fastformer.kernels.rows import as_rows, cdiv, power_of_two, row_count, shape_of_program, sum_partials, target
+from fastformer.kernels.rows import (
+    as_rows,
+    cdiv,
+    power_of_two,
+    room,
+    room_like,
+    row_count,
+    shape_of_program,
+    sum_partials,
+)
+from fastformer.kernels.targets import Target, target_of
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -27,17 +39,26 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
+def _sigmoid(x):
+    """sigmoid(x) and its derivative, fp32: 1 - sigmoid(x) would lose every digit where x is large."""
+    decay = tl.exp(-tl.abs(x))
+    above = 1.0 / (1.0 + decay)
+    below = decay * above
+    return tl.where(x < 0.0, below, above), below * above
+
+
+@triton.jit
 def _activation(x, KIND: tl.constexpr):
     """activation(x) and its derivative, fp32."""
     if KIND == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         return x * cdf, cdf + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        gate = tl.sigmoid((x + x * x * x * TANH_CUBIC) * TANH_LINEAR)
-        return x * gate, gate + x * gate * (1.0 - gate) * (1.0 + x * x * (TANH_CUBIC * 3.0)) * TANH_LINEAR
+        gate, slope = _sigmoid((x + x * x * x * TANH_CUBIC) * TANH_LINEAR)
+        return x * gate, gate + x * slope * (1.0 + x * x * (TANH_CUBIC * 3.0)) * TANH_LINEAR
     elif KIND == "silu":
-        gate = tl.sigmoid(x)
-        return x * gate, gate * (1.0 + x * (1.0 - gate))
+        gate, slope = _sigmoid(x)
+        return x * gate, gate + x * slope
     elif KIND == "relu_squared":
         positive = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
         return positive * positive, 2.0 * positive
@@ -140,17 +161,33 @@ def activation_forward(
         (..., N) in out_dtype.
     """
     n, rows = gate.shape[-1], row_count(gate)
-    y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+    y = room_like(gate, out_dtype)
     if rows:
         x, x_stride = as_rows(gate)
         u, u_stride = (None, 0) if up is None else as_rows(up)
         r, r_stride = (None, 0) if residual is None else as_rows(residual)
-        block_m, block_n = _tile(n)
-        _forward[(cdiv(rows, block_m), cdiv(n, block_n))](
-            x, u, bias, r, seed, y, rows, x_stride, u_stride, r_stride, threshold, keep_scale,
-            n, kind, seed is not None, block_m, block_n, **shape_of_program(target(gate), 2048, 8, 64),
-        )  # fmt: skip
+        numbers = (rows, x_stride, u_stride, r_stride, threshold, keep_scale, n, kind, seed is not None)
+        _forward_launch(target_of(gate.device), *numbers)(x, u, bias, r, seed, y)
     return y
+
+
+# What a launch is made of beside its tensors is derived once a kind of call.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _forward_launch(
+    aim: Target,
+    rows: int,
+    x_stride: int,
+    u_stride: int,
+    r_stride: int,
+    threshold: int,
+    keep_scale: float,
+    n: int,
+    kind: str,
+    dropped: bool,
+) -> Prepared:
+    block_m, block_n = _tile(n)
+    numbers = (rows, x_stride, u_stride, r_stride, threshold, keep_scale, n, kind, dropped, block_m, block_n)
+    return Prepared(_forward, (cdiv(rows, block_m), cdiv(n, block_n)), numbers, shape_of_program(aim, 2048, 8, 64))
 
 
 def activation_backward(
@@ -176,26 +213,45 @@ def activation_backward(
         the gradients that are needed, in the order of those three arguments.
     """
     n, rows = dy.shape[-1], row_count(dy)
-    dgate = None if gate_dtype is None else torch.empty(dy.shape, dtype=gate_dtype, device=dy.device)
-    dup = None if up_dtype is None else torch.empty(dy.shape, dtype=up_dtype, device=dy.device)
+    dgate = None if gate_dtype is None else room_like(dy, gate_dtype)
+    dup = None if up_dtype is None else room_like(dy, up_dtype)
     gradients = [gradient for gradient in (dgate, dup) if gradient is not None]
     if not rows:
         return gradients + ([] if bias_dtype is None else [torch.zeros(n, dtype=bias_dtype, device=dy.device)])
-    aim = target(dy)
+    device, needs_bias = dy.device, bias_dtype is not None
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(gate)
     u, u_stride = (None, 0) if up is None else as_rows(up)
-    block_m, block_n = _tile(n)
-    tiles, blocks = cdiv(rows, block_m), cdiv(n, block_n)
     partial: Tensor | None = None
-    if bias_dtype is not None:
-        # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
-        tiles = min(tiles, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
-        partial = torch.empty((1, tiles, n), dtype=torch.float32, device=dy.device)
-    _backward[(tiles, blocks)](
-        dy, x, u, bias, seed, dgate, dup, partial, rows, dy_stride, x_stride, u_stride, threshold, keep_scale,
-        n, kind, seed is not None, block_m, block_n, **shape_of_program(aim, 2048, 8, 128),
-    )  # fmt: skip
+    numbers = (rows, dy_stride, x_stride, u_stride, threshold, keep_scale, n, kind, seed is not None)
+    programs, launch = _backward_launch(target_of(device), *numbers, needs_bias)
+    if needs_bias:
+        partial = room(programs, n, torch.float32, device)
+    launch(dy, x, u, bias, seed, dgate, dup, partial)
     if partial is not None and bias_dtype is not None:
         gradients += sum_partials(partial, [bias_dtype])
     return gradients
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _backward_launch(
+    aim: Target,
+    rows: int,
+    dy_stride: int,
+    x_stride: int,
+    u_stride: int,
+    threshold: int,
+    keep_scale: float,
+    n: int,
+    kind: str,
+    dropped: bool,
+    needs_bias: bool,
+) -> tuple[int, Prepared]:
+    """Partial rows, and the launch."""
+    block_m, block_n = _tile(n)
+    tiles, blocks = cdiv(rows, block_m), cdiv(n, block_n)
+    if needs_bias:
+        # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
+        tiles = min(tiles, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
+    numbers = (rows, dy_stride, x_stride, u_stride, threshold, keep_scale, n, kind, dropped, block_m, block_n)
+    return tiles, Prepared(_backward, (tiles, blocks), numbers, shape_of_program(aim, 2048, 8, 128))

@@ -10,24 +10,28 @@
 - Everything is fp32 between load and store.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import launcher
+from fastformer.kernels.launch import Prepared, launcher
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     TL_DTYPES,
     as_rows,
     cdiv,
     power_of_two,
+    room,
+    room_like,
     row_count,
     shape_of_program,
     sum_partials,
-    target,
     walkers,
 )
+from fastformer.kernels.targets import Target, target_of
 
 # Widest row kept in registers: 512 threads hold 32 elements of it each in forward, 16 in backward, where dropout's
 # generator takes the registers of half of them.
@@ -317,28 +321,46 @@ def norm_forward(
     Returns:
         y (..., N) in out_dtype, z or None, fp32 statistics: mean and rstd (2, rows), for RMSNorm rstd (1, rows).
     """
-    n, rows = input.shape[-1], row_count(input)
+    n, rows, device = input.shape[-1], row_count(input), input.device
     x, x_stride = as_rows(input)
     r, r_stride = (None, 0) if residual is None else as_rows(residual)
-    y = torch.empty(input.shape, dtype=out_dtype, device=input.device)
-    z = torch.empty(input.shape, dtype=sum_dtype, device=input.device) if keep_sum else None
-    stats = torch.empty((1 if rms else 2, rows), dtype=torch.float32, device=input.device)
+    y = room_like(input, out_dtype)
+    z = room_like(input, sum_dtype) if keep_sum else None
+    stats = room(1 if rms else 2, rows, torch.float32, device)
     if rows:
-        aim = target(input)
-        block_n = max(power_of_two(n), 16)
-        args = (
-            x, r, row_scale, weight, bias, seed, z, y, stats,
-            rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
+        launch = _forward_launch(
+            target_of(device), n, rows, x_stride, r_stride, threshold, keep_scale, eps, offset, rms, seed is not None,
+            sum_dtype,
         )  # fmt: skip
-        options = (n, rms, seed is not None, TL_DTYPES[sum_dtype])
-        if block_n <= FORWARD_TILE_COLUMNS:
-            block_m = max(1, 1024 // block_n)
-            each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
-            shape = shape_of_program(aim, block_m * block_n, each, registers)
-            _forward_tile[(cdiv(rows, block_m),)](*args, *options, block_m, block_n, **shape)
-        else:
-            _forward_loop[(rows,)](*args, *options, LOOP_COLUMNS, n, **shape_of_program(aim, LOOP_COLUMNS, 8, 128))
+        launch(x, r, row_scale, weight, bias, seed, z, y, stats)
     return y, z, stats
+
+
+# What a launch is made of beside its tensors is derived once a kind of call. Keys are typed: 1 is not 1.0 to Triton.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _forward_launch(
+    aim: Target,
+    n: int,
+    rows: int,
+    x_stride: int,
+    r_stride: int,
+    threshold: int,
+    keep_scale: float,
+    eps: float,
+    offset: float,
+    rms: bool,
+    dropped: bool,
+    sum_dtype: torch.dtype,
+) -> Prepared:
+    block_n = max(power_of_two(n), 16)
+    numbers = (rows, x_stride, r_stride, threshold, keep_scale, eps, offset, n, rms, dropped, TL_DTYPES[sum_dtype])
+    if block_n > FORWARD_TILE_COLUMNS:
+        shape = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
+        return Prepared(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), shape)
+    block_m = max(1, 1024 // block_n)
+    each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
+    shape = shape_of_program(aim, block_m * block_n, each, registers)
+    return Prepared(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), shape)
 
 
 def norm_backward(
@@ -367,50 +389,72 @@ def norm_backward(
     Returns:
         the gradients that are needed, in the order of those four arguments.
     """
-    n, rows = z.shape[-1], row_count(z)
+    n, rows, device = z.shape[-1], row_count(z), z.device
     dtypes = [dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None]
-    dx = None if input_dtype is None else torch.empty(z.shape, dtype=input_dtype, device=z.device)
-    dr = None if residual_dtype is None else torch.empty(z.shape, dtype=residual_dtype, device=z.device)
-    gradients = [gradient for gradient in (dx, dr) if gradient is not None]
+    gradients = []
+    dx = dr = partial = dz_rows = None
+    if input_dtype is not None:
+        dx = room_like(z, input_dtype)
+        gradients.append(dx)
+    if residual_dtype is not None:
+        dr = room_like(z, residual_dtype)
+        gradients.append(dr)
     if not rows:
-        return gradients + [torch.zeros(n, dtype=dtype, device=z.device) for dtype in dtypes]
-    aim = target(z)
-    dy, dy_stride = as_rows(dy)
-    z, z_stride = as_rows(z)
-    dz, dz_stride = (None, 0) if dz is None else as_rows(dz)
-    block_n = max(power_of_two(n), 16)
-    wide = block_n > (BACKWARD_TILE_COLUMNS if seed is None else BACKWARD_DROPOUT_COLUMNS)
-    block_m = max(1, 2048 // block_n) if not wide else 16
-    programs = walkers(aim, cdiv(rows, block_m))
-    partial = torch.empty((len(dtypes), programs, n), dtype=torch.float32, device=z.device) if dtypes else None
-    gains = (weight_dtype is not None, bias_dtype is not None)
-    if not wide:
-        _backward_tile[(programs,)](
-            dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial, rows, dy_stride, dz_stride, z_stride,
-            threshold, keep_scale, offset, n, rms, seed is not None, *gains, block_m, block_n,
-            2 if block_n <= 4096 else 1,
-            **shape_of_program(aim, block_m * block_n, 8, 128),
-        )  # fmt: skip
+        return gradients + [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
+    dy_rows, dy_stride = as_rows(dy)
+    z_rows, z_stride = as_rows(z)
+    dz_stride = 0
+    if dz is not None:
+        dz_rows, dz_stride = as_rows(dz)
+    programs, walk, columns = _backward_launches(
+        target_of(device), n, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset, rms,
+        seed is not None, weight_dtype is not None, bias_dtype is not None,
+    )  # fmt: skip
+    if dtypes:
+        partial = room(len(dtypes) * programs, n, torch.float32, device)
+    if columns is None:
+        walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr, partial)
     else:
-        _backward_loop[(rows,)](
-            dy, dz, z, stats, weight, row_scale, seed, dx, dr, rows, dy_stride, dz_stride, z_stride,
-            threshold, keep_scale, offset, n, rms, seed is not None, LOOP_COLUMNS, n,
-            **shape_of_program(aim, LOOP_COLUMNS, 8, 128),
-        )  # fmt: skip
+        walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr)
         if partial is not None:
-            _backward_columns[(cdiv(n, 128), programs)](
-                dy,
-                z,
-                stats,
-                partial,
-                rows,
-                dy_stride,
-                z_stride,
-                n,
-                rms,
-                *gains,
-                block_m,
-                128,
-                **shape_of_program(aim, 2048, 16, 128),
-            )
-    return gradients + (sum_partials(partial, dtypes) if partial is not None else [])
+            columns(dy_rows, z_rows, stats, partial)
+    if partial is not None:
+        gradients += sum_partials(partial, dtypes)
+    return gradients
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _backward_launches(
+    aim: Target,
+    n: int,
+    rows: int,
+    dy_stride: int,
+    dz_stride: int,
+    z_stride: int,
+    threshold: int,
+    keep_scale: float,
+    offset: float,
+    rms: bool,
+    dropped: bool,
+    dweight: bool,
+    dbias: bool,
+) -> tuple[int, Prepared, Prepared | None]:
+    """Partial rows, the launch over rows, and for wide rows the one over columns."""
+    block_n = max(power_of_two(n), 16)
+    wide = block_n > (BACKWARD_DROPOUT_COLUMNS if dropped else BACKWARD_TILE_COLUMNS)
+    block_m = 16 if wide else max(1, 2048 // block_n)
+    programs = walkers(aim, cdiv(rows, block_m))
+    numbers = (rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset, n, rms, dropped)
+    if wide:
+        walk = Prepared(
+            _backward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), shape_of_program(aim, LOOP_COLUMNS, 8, 128)
+        )
+        sums = (rows, dy_stride, z_stride, n, rms, dweight, dbias, block_m, 128)
+        return (
+            programs,
+            walk,
+            Prepared(_backward_columns, (cdiv(n, 128), programs), sums, shape_of_program(aim, 2048, 16, 128)),
+        )
+    constants = (dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
+    shape = shape_of_program(aim, block_m * block_n, 8, 128)
+    return programs, Prepared(_backward_tile, (programs,), (*numbers, *constants), shape), None

@@ -23,22 +23,28 @@ def _turn_heads(
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Turn BLOCK_H heads of one token; y's last dimension has unit stride."""
+    """Turn BLOCK_H heads of one token, in place where Y is None; y's last dimension has unit stride otherwise."""
     head = first_head + tl.arange(0, BLOCK_H)
     pair = tl.arange(0, BLOCK_R)
     first = pair * 2 if INTERLEAVED else pair
     second = first + (1 if INTERLEAVED else R // 2)
     x = X + batch * x_b + token * x_s + head.to(tl.int64)[:, None] * x_h
-    y = Y + batch * y_b + token * y_s + head.to(tl.int64)[:, None] * y_h
     inside = (head < heads)[:, None] & (pair < R // 2)[None, :]  # [BLOCK_H, BLOCK_R]
     a = tl.load(x + first[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + second[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + first[None, :], a * cos[None, :] - b * sin[None, :], mask=inside)
-    tl.store(y + second[None, :], b * cos[None, :] + a * sin[None, :], mask=inside)
-    if R < D:
-        column = R + tl.arange(0, BLOCK_D)
-        rest = (head < heads)[:, None] & (column < D)[None, :]
-        tl.store(y + column[None, :], tl.load(x + column[None, :] * x_d, mask=rest), mask=rest)
+    if Y is None:
+        # Several threads may hold one element: none stores before all have loaded.
+        tl.debug_barrier()
+        tl.store(x + first[None, :] * x_d, a * cos[None, :] - b * sin[None, :], mask=inside)
+        tl.store(x + second[None, :] * x_d, b * cos[None, :] + a * sin[None, :], mask=inside)
+    else:
+        y = Y + batch * y_b + token * y_s + head.to(tl.int64)[:, None] * y_h
+        tl.store(y + first[None, :], a * cos[None, :] - b * sin[None, :], mask=inside)
+        tl.store(y + second[None, :], b * cos[None, :] + a * sin[None, :], mask=inside)
+        if R < D:
+            column = R + tl.arange(0, BLOCK_D)
+            rest = (head < heads)[:, None] & (column < D)[None, :]
+            tl.store(y + column[None, :], tl.load(x + column[None, :] * x_d, mask=rest), mask=rest)
 
 
 @launcher
@@ -94,6 +100,7 @@ def rotate(
     interleaved: bool,
     by_token: bool,
     inverse: bool,
+    in_place: bool = False,
 ) -> list[Tensor]:
     """Launch the kernel.
 
@@ -103,12 +110,13 @@ def rotate(
         position: (B, S) contiguous integers, or None for a token's place in its sequence, or with `by_token` its
             place in the batch.
         inverse: turn by the negative angle.
+        in_place: write over query and key, which then must not overlap each other or themselves.
 
     Returns:
-        new tensors for query and, if there is one, key; in their memory order where that is dense.
+        tensors for query and, if there is one, key: new ones in their memory order where that is dense, or themselves.
     """
     batch, s, heads, d = query.shape
-    outs = [_empty_beside(x) for x in (query, key) if x is not None]
+    outs = [x if in_place else _empty_beside(x) for x in (query, key) if x is not None]
     if query.numel() + (0 if key is None else key.numel()) == 0:
         return outs
     r = 2 * cos.shape[1]
@@ -119,7 +127,8 @@ def rotate(
     k_strides = key.stride() if key is not None else (0, 0, 0, 0)
     grid = (batch * s, cdiv(heads, block_h) + cdiv(heads_k, block_h))
     _rotate[grid](
-        query, key, cos, sin, position, outs[0], outs[1] if key is not None else None, s, cos.shape[0],
+        query, key, cos, sin, position, None if in_place else outs[0],
+        None if in_place or key is None else outs[1], s, cos.shape[0],
         cos.stride(0), sin.stride(0), *query.stride(), *k_strides, *outs[0].stride()[:3], *outs[-1].stride()[:3],
         heads, heads_k, d, r, interleaved, by_token, inverse, block_h, block_r, block_d,
         **shape_of_program(target(query), block_h * block_r, 4, 128),

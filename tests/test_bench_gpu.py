@@ -71,10 +71,13 @@ def test_a_wandering_result_is_a_race(monkeypatch):
     from bench.gpu.results import WrongResult
 
     plant(monkeypatch, "add_layer_norm", lambda outs: (outs[0] + random.random(), outs[1]))
-    for name, subject in races.subjects(small=True):
-        if name.startswith("add_layer_norm"):
-            with pytest.raises(WrongResult, match="repeat 1"):
-                races.repeats(subject)
+    found = races.subjects(small=True)
+    assert set(ff.ops.__all__) - {"attention_kv_cache", "attention_weights", "merge_attention"} <= {
+        {"attention": "scaled_dot_product_attention"}.get(name, name) for name in found
+    }
+    with pytest.raises(WrongResult, match="repeat 1"):
+        races.repeats(found["add_layer_norm dropout"])
+    races.repeats(found["layer_norm"])
 
 
 def test_nan_is_wrong():

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("correctness", "races", "bench-attention", "bench-fused", "bench-finetune", "report")
+STAGES = ("correctness", "races", "bench-attention", "bench-fused", "host-cost", "bench-finetune", "graphs", "report")
 COMMANDS = ("save", "wheels", "subjects")
 # A stage starts no further row after this long; with its longest row it then ends inside ten minutes.
 STAGE_SECONDS = 480.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="correctness and benchmarks on a GPU")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description="Correctness and benchmarks on a GPU. Without a name every stage that is not finished runs, then "
+        f"the report. Stages (also make gpu STAGE=name): {', '.join(STAGES)}.",
+    )
     parser.add_argument("command", nargs="?", choices=(*STAGES, *COMMANDS), help="one stage, or a command")
     parser.add_argument("folder", nargs="?", type=Path, help="wheels: the folder to fill")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
@@ -92,9 +96,9 @@ def stage(name: str, folder: Path) -> int:
     kept = results.Results(name, folder, this_machine(), fresh=rehearsing())
     if kept.complete and not kept.faults():
         kept = results.Results(name, folder, this_machine(), fresh=True)
-    module = importlib.import_module(f"bench.gpu.{name.removeprefix('bench-')}")
+    module = importlib.import_module(f"bench.gpu.{name.removeprefix('bench-').replace('-', '_')}")
     cases: list[tuple[str, Callable[[], results.Row]]]
-    cases = module.cases(folder) if name == "correctness" else module.cases()
+    cases = module.cases(folder) if name in ("correctness", "graphs") else module.cases()
     if name.startswith("bench-"):
         cases.insert(0, ("ceilings", _ceilings))
     results.measure(kept, cases, STAGE_SECONDS)
@@ -107,7 +111,7 @@ def subjects() -> int:
     from bench.gpu.place import synchronize
     from bench.gpu.races import subjects as small
 
-    for name, run in small(small=True):
+    for name, run in small(small=True).items():
         run()
         synchronize()
         print(name, flush=True)

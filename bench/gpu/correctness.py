@@ -30,8 +30,11 @@ def cases(folder: Path) -> list[tuple[str, Callable[[], Row]]]:
     return [(path.relative_to(ROOT).as_posix(), functools.partial(tests, path, log)) for path in files]
 
 
-def tests(path: Path, log: Path) -> Row:
+def tests(path: Path, log: Path, *options: str) -> Row:
     """pytest over one file; its output goes to the end of `log`.
+
+    Args:
+        options: further ones of pytest's command line.
 
     Raises:
         WrongResult: a test failed, none passed, or they took too long.
@@ -42,7 +45,7 @@ def tests(path: Path, log: Path) -> Row:
     environment = {**os.environ, "FASTFORMER_TEST_DEVICE": "cuda"}
     if rehearsing():
         environment |= {"FASTFORMER_TEST_DEVICE": "cpu", "FASTFORMER_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "--tb=short", "-rs"]
+    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:cacheprovider", "--tb=short", "-rs", *options]
     if not rehearsing() and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     with tempfile.TemporaryDirectory() as scratch, log.open("a") as out:

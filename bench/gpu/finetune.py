@@ -40,10 +40,13 @@ def cases() -> list[tuple[str, Callable[[], Row]]]:
 def steps(variant: str, batch_size: int, length: int) -> Row:
     """Median step of one variant."""
     model = _model(dropout=0.1)
-    if variant.startswith("patched"):
+    if variant.startswith(("patched", "graphed")):
         report = ff.patch(model)
         if not report:
             raise WrongResult(f"nothing was patched: {report}")
+    graphs = ff.graphed(model, max_seqlen=max(length, 32), progress=None) if variant.startswith("graphed") else None
+    if variant.startswith("compiled"):
+        model = torch.compile(model, dynamic=True, backend="aot_eager" if rehearsing() else "inductor")  # type: ignore[assignment]
     batches = [_batch(seed, batch_size, length, dynamic=variant.endswith("dynamic")) for seed in range(4)]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -61,6 +64,9 @@ def steps(variant: str, batch_size: int, length: int) -> Row:
         seconds.append((time.perf_counter() - start, tokens[index % len(batches)]))
     rate = statistics.median(count / elapsed for elapsed, count in seconds)
     peak = torch.cuda.max_memory_allocated() if on_gpu() else 0
+    if graphs is not None and on_gpu() and graphs.replays < timed:
+        raise WrongResult(f"steps ran without a graph: {graphs}")
+    idle = _idle_share(lambda: _step(model, optimizer, batches[0])) if on_gpu() else None
     step = statistics.median(elapsed for elapsed, _ in seconds)
     return {
         "variant": variant,
@@ -69,8 +75,24 @@ def steps(variant: str, batch_size: int, length: int) -> Row:
         "real_tokens_per_second": rate,
         "step_ms": step * 1e3,
         "peak_bytes": peak,
-        "line": f"{rate:,.0f} tokens/s, {step * 1e3:.1f} ms a step, peak {peak / 2**30:.2f} GiB",
+        "gpu_idle_share": idle,
+        "line": f"{rate:,.0f} tokens/s, {step * 1e3:.1f} ms a step, peak {peak / 2**30:.2f} GiB"
+        + ("" if idle is None else f", GPU idle {idle:.0%}"),
     }
+
+
+def _idle_share(step: Callable[[], Any]) -> float:
+    """Share of a step's time in which no kernel runs, from five steps under the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            step()
+        synchronize()
+        elapsed = time.perf_counter() - start
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6
+    return max(0.0, 1.0 - busy / elapsed)
 
 
 def losses_agree() -> Row:

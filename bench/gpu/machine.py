@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.place import device, on_gpu, rehearsing
+from bench.gpu.place import device, rehearsing
 from bench.gpu.timing import host_time, median_time
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +24,8 @@ class Machine:
     """Names and versions that every result carries; equal machines have comparable results.
 
     Attributes:
-        device: the GPU's name as its driver gives it, or "CPU rehearsal".
-        driver: version of the GPU's driver.
+        device: the GPU's name as its driver gives it, the CPU's where there is none, or "CPU rehearsal".
+        driver: version of the GPU's driver, "none" without one.
         torch, triton, transformers, python: versions, "not installed" where missing.
         commit: git commit of this tree, with "+" if it was changed since; COMMIT=... names it where there is no git.
         sources: hash of the library's sources, so that results of another version are never taken for this one's.
@@ -51,10 +51,11 @@ class Machine:
 
 @functools.cache
 def this_machine() -> Machine:
+    cuda = torch.cuda.is_available() and not rehearsing()
     return Machine(
-        device=torch.cuda.get_device_name(device()) if on_gpu() else "CPU rehearsal",
+        device="CPU rehearsal" if rehearsing() else torch.cuda.get_device_name(0) if cuda else processor(),
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        if on_gpu()
+        if cuda
         else "none",
         torch=torch.__version__,
         triton=_version("triton"),
@@ -90,6 +91,16 @@ def ceilings() -> dict[str, float]:
         "launch_us": host_time(lambda: small.add_(1.0)) * 1e6,
         "graph_us": median_time([functools.partial(small.add_, 1.0)] * burst).seconds * 1e6,
     }
+
+
+def processor() -> str:
+    """The CPU's name with "CPU" before it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def _version(name: str) -> str:

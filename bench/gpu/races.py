@@ -18,10 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import fastformer as ff
 from bench.gpu.machine import ROOT
 from bench.gpu.place import device, rehearsing
 from bench.gpu.results import Row, WrongResult
+from bench.subjects import subjects as every_subject
+from bench.subjects import with_gradients
 
 Subject = Callable[[], list[Tensor]]
 REPEATS = 250
@@ -30,7 +31,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 def cases() -> list[tuple[str, Callable[[], Row]]]:
     found: list[tuple[str, Callable[[], Row]]] = [
-        (f"repeats: {name}", functools.partial(repeats, subject)) for name, subject in subjects(small=rehearsing())
+        (f"repeats: {name}", functools.partial(repeats, subject))
+        for name, subject in subjects(small=rehearsing()).items()
     ]
     for tool in TOOLS[:1] if rehearsing() else TOOLS:
         found.append((f"compute-sanitizer {tool}", functools.partial(sanitize, tool)))
@@ -78,7 +80,7 @@ def sanitize(tool: str) -> Row:
     return {"summary": summary, "line": summary[-1] if summary else "ran"}
 
 
-def subjects(small: bool) -> list[tuple[str, Subject]]:
+def subjects(small: bool) -> dict[str, Subject]:
     """Every operator's forward and backward on fixed random inputs, odd sizes included.
 
     Args:
@@ -86,47 +88,10 @@ def subjects(small: bool) -> list[tuple[str, Subject]]:
     """
     where = device()
     dtype = torch.float32 if rehearsing() else torch.bfloat16
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=where, dtype=dtype, requires_grad=True)
-
-    torch.manual_seed(0)
-    found: list[tuple[str, Subject]] = []
-    length, heads = (37, 2) if small else (1037, 16)
-    for head_dim in (16,) if rehearsing() else (64, 128):
-        for causal in (False, True):
-            leaves = [draw(2, heads, length, head_dim) for _ in range(3)]
-            run = functools.partial(_attention, leaves, draw(2, heads, length, head_dim).detach(), causal)
-            found.append((f"attention D={head_dim} {'causal' if causal else 'full'}", run))
-    lengths = torch.tensor([0, 1, 16, 129, length], dtype=torch.int32)
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
-    head_dim = 16 if rehearsing() else 64
-    leaves = [draw(int(bounds[-1]), heads, head_dim) for _ in range(3)]
-    gradient = draw(int(bounds[-1]), heads, head_dim).detach()
-    longest = int(lengths.max())
-    found.append(("attention_varlen", functools.partial(_varlen, leaves, gradient, bounds.to(where), longest)))
-    rows, features = (19, 48) if small else (4099, 768)
-    leaves = [draw(rows, features), draw(rows, features), draw(features), draw(features)]
-    gradients = [draw(rows, features).detach() for _ in range(2)]
-    for p in (0.0, 0.1):
-        found.append((f"add_layer_norm dropout={p}", functools.partial(_add_layer_norm, leaves, gradients, p)))
+    found: dict[str, Subject] = {}
+    for name, subject in every_subject(small, where).items():
+        found[name] = functools.partial(with_gradients, subject.ours, subject.draw(where, dtype))
     return found
-
-
-def _attention(leaves: list[Tensor], gradient: Tensor, causal: bool) -> list[Tensor]:
-    out = ff.ops.scaled_dot_product_attention(*leaves, is_causal=causal)
-    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
-
-
-def _varlen(leaves: list[Tensor], gradient: Tensor, bounds: Tensor, longest: int) -> list[Tensor]:
-    out = ff.ops.attention_varlen(*leaves, bounds, bounds, longest, longest)
-    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
-
-
-def _add_layer_norm(leaves: list[Tensor], gradients: list[Tensor], p: float) -> list[Tensor]:
-    torch.manual_seed(1)
-    outs = ff.ops.add_layer_norm(*leaves, dropout_p=p, return_residual=True)
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, gradients)]
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
 from fastformer.ops.attention import attention_weights
 from fastformer.ops.backend import backend_for
+from fastformer.ops.random import draw_seed
 
 
 @stands_for(torch.nn.MultiheadAttention)
@@ -23,9 +25,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: same arguments, initialisation, state_dict, results and errors.
 
     Runs fused in training as in inference, with any combination of arguments and masks, and with nested tensors in
-    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Three things
-    take the stock arithmetic and are counted: weights (need_weights=True, the default) that need a gradient or were
-    dropped from, and input that torch.nn refuses. Weights without a gradient take the memory of the result alone.
+    training as well. A row that may attend to nothing gives zero (plus the output bias) instead of NaN. Weights
+    (need_weights=True, the default) take the memory of the result alone, in training and after dropout too, where the
+    Triton kernels run. What takes the stock arithmetic is counted: input that torch.nn refuses and, on the CPU,
+    weights that need a gradient or were dropped from.
     """
 
     def forward(
@@ -90,10 +93,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> str:
-        if need_weights:
+        if need_weights and backend_for(query.device) == "torch":
             if self.dropout and self.training:
                 return "weights after dropout"
-            # Maps at flash memory have no derivative; torch.nn's have, and some losses use it.
+            # Recomputing the maps saves memory, not time, and a host has memory.
             tensors = (query, key, attn_mask, *self.parameters())
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
                 return "weights with a gradient"
@@ -161,10 +164,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            out, lse = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, return_lse=True)
-            weights = attention_weights(
-                q, k, lse, attn_mask=mask, is_causal=is_causal, average_heads=average_attn_weights
-            ).to(out.dtype)
+            # torch.nn returns what dropout left of the weights.
+            seed = draw_seed(q.device) if dropout_p else None
+            rules: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": is_causal,
+                "dropout_p": dropout_p,
+                "dropout_seed": seed,
+            }
+            out, lse = ops.scaled_dot_product_attention(q, k, v, return_lse=True, **rules)
+            weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **rules).to(out.dtype)
         else:
             out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
         return self._project_out(out, seq_first), weights

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
-from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
-from fastformer.ops.validate import FLOATS, check_probability, check_tensor
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.random import draw_seed, drop_numbers, dropout
+from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
 
@@ -111,27 +111,38 @@ def _activate(
     if gate.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, got shape ()")
     shape, device = gate.shape, gate.device
-    if up is not None:
+    if up is not None and not (matches(up, shape, device) and up.dtype == gate.dtype):
         check_tensor("up", up, dtypes=(gate.dtype,), shape=shape, device=device)
     if bias is not None:
-        check_tensor("bias", bias, dtypes=_DTYPES, shape=shape[-1:], device=device)
+        if not matches(bias, shape[-1:], device):
+            check_tensor("bias", bias, dtypes=_DTYPES, shape=shape[-1:], device=device)
         # Differentiable: the gradient returns in the bias's own dtype.
-        bias = bias.to(gate.dtype).contiguous()
-    if residual is not None:
+        if bias.dtype != gate.dtype or not bias.is_contiguous():
+            bias = bias.to(gate.dtype).contiguous()
+    if residual is not None and not matches(residual, shape, device):
         check_tensor("residual", residual, dtypes=_DTYPES, shape=shape, device=device)
     if seed is not None:
         check_tensor("dropout_seed", seed, dtypes=(torch.int64,), shape=(1,), device=device)
-    out_dtype = gate.dtype if residual is None else torch.promote_types(gate.dtype, residual.dtype)
+    out_dtype = gate.dtype
+    if residual is not None and residual.dtype != out_dtype:
+        out_dtype = torch.promote_types(out_dtype, residual.dtype)
     # No kernel computes in float64 or has a program for rows without elements.
     if backend_for(device) == "torch" or out_dtype == torch.float64 or shape[-1] == 0:
-        y = REFERENCES[kind](gate if bias is None else gate + bias)
-        y = dropout(y if up is None else y * up, p, seed)
+        y = activation_reference(gate, up, bias, kind, p, seed)
         return y if residual is None else residual + y
     if p == 0.0:
         seed = None
     elif seed is None:
         seed = draw_seed(device)
     return _activation_op(gate, up, bias, residual, seed, kind, p, out_dtype)
+
+
+def activation_reference(
+    gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, p: float, seed: Tensor | None
+) -> Tensor:
+    """dropout(activation(gate + bias) * up) by PyTorch."""
+    y = REFERENCES[kind](gate if bias is None else gate + bias)
+    return dropout(y if up is None else y * up, p, seed)
 
 
 def _forward(
@@ -144,9 +155,7 @@ def _forward(
     p: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    from fastformer.kernels.activation import activation_forward
-
-    return activation_forward(gate, up, bias, residual, seed, dropout_threshold(p), keep_scale(p), kind, out_dtype)
+    return kernels("activation").activation_forward(gate, up, bias, residual, seed, *drop_numbers(p), kind, out_dtype)
 
 
 def _forward_fake(gate, up, bias, residual, seed, kind, p, out_dtype):
@@ -158,18 +167,44 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The identity's slope needs no values: nothing but the seed is kept.
     needed = kind != "identity" or up is not None
     ctx.save_for_backward(gate if needed else None, up, bias if needed else None, seed)
-    ctx.kind, ctx.p = kind, p
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (gate, up, bias))
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.numbers = kind, p
+    ctx.dtypes = (
+        gate.dtype,
+        None if bias is None else bias.dtype,
+        None if residual is None else residual.dtype,
+    )
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     gate, up, bias, seed = ctx.saved_tensors
-    wanted = [d if need else None for d, need in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True)]
-    found = iter(_activation_backward(dy, gate, up, bias, seed, ctx.kind, ctx.p, *wanted) if any(wanted) else ())
-    gradients = [None if dtype is None else next(found) for dtype in wanted]
+    needs, (kind, p), (dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers, ctx.dtypes
+    dgate, dup, dbias = (dtype if needs[0] else None), (dtype if needs[1] else None), (bias_dtype if needs[2] else None)
+    gradients: list[Tensor | None] = []
+    if needs[0] or needs[1] or needs[2]:
+        gradients += _activation_backward(dy, gate, up, bias, seed, kind, p, dgate, dup, dbias)
+    for place, wanted in enumerate((dgate, dup, dbias)):
+        if wanted is None:
+            gradients.insert(place, None)
     # Addition hands its gradient on as it is, like stock.
-    residual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    residual = None
+    if needs[3]:
+        residual = dy if dy.dtype == residual_dtype else dy.to(residual_dtype)
+    return *gradients, residual, None, None, None, None
+
+
+def _second(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    gate, up, bias, seed = ctx.saved_tensors
+    needs, (kind, p), (dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers, ctx.dtypes
+    residual = dy.to(residual_dtype) if needs[3] else None
+    if gate is None:
+        branch = dropout(dy.to(dtype), p, seed)
+        dbias = branch.flatten(0, -2).sum(0).to(bias_dtype) if needs[2] else None
+        return branch if needs[0] else None, None, dbias, residual, None, None, None, None
+
+    def reference(gate: Tensor, up: Tensor | None, bias: Tensor | None) -> Tensor:
+        return activation_reference(gate, up, bias, kind, p, seed)
+
+    gradients = differentiate("activation", reference, (gate, up, bias), (dy.to(dtype),))
     return *gradients, residual, None, None, None, None
 
 
@@ -185,12 +220,9 @@ def _run_backward(
     up_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    from fastformer.kernels.activation import activation_backward
-
-    return activation_backward(
-        dy, dy if gate is None else gate, up, bias, seed, dropout_threshold(p), keep_scale(p), kind,
-        gate_dtype, up_dtype, bias_dtype,
-    )  # fmt: skip
+    return kernels("activation").activation_backward(
+        dy, dy if gate is None else gate, up, bias, seed, *drop_numbers(p), kind, gate_dtype, up_dtype, bias_dtype
+    )
 
 
 def _run_backward_fake(dy, gate, up, bias, seed, kind, p, *dtypes):
@@ -198,5 +230,5 @@ def _run_backward_fake(dy, gate, up, bias, seed, kind, p, *dtypes):
     return [dy.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
 
 
-_activation_op = Operator("activation", _forward, _forward_fake, _setup_context, _backward)
+_activation_op = Operator("activation", _forward, _forward_fake, _setup_context, _backward, _second)
 _activation_backward = Kernel("activation_backward", _run_backward, _run_backward_fake)

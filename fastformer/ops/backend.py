@@ -53,7 +53,7 @@ def triton_status() -> tuple[bool, str]:
 
 
 def backend_for(device: torch.device) -> str:
-    """ "triton" or "torch" for tensors on `device`.
+    """ "triton" or "torch" for tensors on `device`. Tensors on "meta" have shapes only, which PyTorch's operators tell.
 
     Raises:
         RuntimeError: FASTFORMER_BACKEND names a family of kernels that cannot run there.
@@ -61,15 +61,16 @@ def backend_for(device: torch.device) -> str:
     if _standing_in:
         return "triton"
     choice = forced_backend()
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+    kind = device.type
+    if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
     usable, why = triton_status()
     if choice != "auto":
         if not usable:
             raise RuntimeError(f"FASTFORMER_BACKEND={choice}, but {why}")
-        if choice == "hopper" and device.type != "meta" and _capability(device) != (9, 0):
+        if choice == "hopper" and _capability(device) != (9, 0):
             raise RuntimeError(f"FASTFORMER_BACKEND=hopper, but {device} is no Hopper GPU (sm_90)")
-        if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
                 f"FASTFORMER_BACKEND={choice}, but tensors on {device} can run Triton kernels only "
                 "in its interpreter (TRITON_INTERPRET=1)"
@@ -97,3 +98,9 @@ def standing_in() -> Iterator[None]:
 def is_standing_in() -> bool:
     """Whether something stands in for the launches."""
     return _standing_in
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastformer.ops.backend import backend_for
+from fastformer.ops.backend import autocasts, backend_for
 from fastformer.ops.norm import norm_reference
-from fastformer.ops.operator import Kernel, Operator
-from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -74,11 +74,11 @@ def embedding_layer_norm(
     p = dropout_p if training else 0.0
     tables = (word, position, token_type)
     if backend_for(device) == "torch" or word.dtype == torch.float64 or not _fits(word.shape[1]):
-        total = embedding_reference(input_ids, position_ids, token_type_ids, *tables, padding_idx)
-        out = dropout(norm_reference(total, weight, bias, eps, False), p, dropout_seed)
+        arguments = (input_ids, position_ids, token_type_ids, *tables, weight, bias, dropout_seed)
+        out = _reference(arguments, p, eps, padding_idx)
         return out if out_dtype is None else out.to(out_dtype)
     if out_dtype is None:
-        out_dtype = torch.float32 if torch.is_autocast_enabled(device.type) else word.dtype
+        out_dtype = torch.float32 if autocasts(device) else word.dtype
     if p == 0.0:
         dropout_seed = None
     elif dropout_seed is None:
@@ -86,7 +86,7 @@ def embedding_layer_norm(
     packed = (None if t is None else t.contiguous() for t in (input_ids, position_ids, token_type_ids))
     dense = (None if t is None else t.contiguous() for t in (*tables, weight, bias))
     padding = -1 if padding_idx is None else padding_idx % word.shape[0]
-    return _embed_op(*packed, *dense, dropout_seed, p, eps, padding, out_dtype, torch.is_grad_enabled())[0]
+    return _embed_op(*packed, *dense, dropout_seed, p, eps, padding, out_dtype, torch.is_grad_enabled())
 
 
 def embedding_reference(
@@ -107,10 +107,15 @@ def embedding_reference(
     return total
 
 
-def _fits(width: int) -> bool:
-    from fastformer.kernels.embedding import MAXIMUM_WIDTH
+def _reference(arguments: tuple[Any, ...], p: float, eps: float, padding_idx: int | None) -> Tensor:
+    """The operator by PyTorch; arguments: ids, place, types, word, position, token_type, weight, bias, seed."""
+    ids, place, types, word, position, token_type, weight, bias, seed = arguments
+    total = embedding_reference(ids, place, types, word, position, token_type, padding_idx)
+    return dropout(norm_reference(total, weight, bias, eps, False), p, seed)
 
-    return 0 < width <= MAXIMUM_WIDTH
+
+def _fits(width: int) -> bool:
+    return 0 < width <= kernels("embedding").MAXIMUM_WIDTH
 
 
 def _forward(
@@ -129,12 +134,9 @@ def _forward(
     out_dtype: torch.dtype,
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastformer.kernels.embedding import embed_forward
-
-    out, total, stats = embed_forward(
-        ids, place, types, word, position, token_type, weight, bias, seed, dropout_threshold(p), keep_scale(p), eps,
-        out_dtype, keep_sum,
-    )  # fmt: skip
+    out, total, stats = kernels("embedding").embed_forward(
+        ids, place, types, word, position, token_type, weight, bias, seed, *drop_numbers(p), eps, out_dtype, keep_sum
+    )
     return out, word.new_empty(0) if total is None else total, stats
 
 
@@ -150,42 +152,54 @@ def _forward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ids, place, types, word, position, token_type, weight, bias, seed, p, _, padding, _, _ = inputs
+    ids, place, types, word, position, token_type, weight, bias, seed, *ctx.numbers, _ = inputs
     _, total, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(total, stats)
-    ctx.save_for_backward(ids, place, types, total, stats, weight, seed)
-    ctx.p, ctx.padding = p, padding
-    ctx.sizes = tuple(None if t is None else t.shape[0] for t in (word, position, token_type))
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+    ctx.save_for_backward(total, stats, ids, place, types, word, position, token_type, weight, bias, seed)
+
+
+_NOTHING = (None,) * 6
+_scatter = torch.ops.aten.embedding_dense_backward
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    nothing = (None,) * 6
     if dy is None:
-        return (None,) * 14
-    ids, place, types, total, stats, weight, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [d if need else None for d, need in zip(ctx.dtypes, needs[6:8], strict=True)]
-    dz, *sums = _embed_backward(dy, total, stats, weight, seed, ctx.p, *wanted)
-    found = iter(sums)
-    parameters = [None if dtype is None else next(found) for dtype in wanted]
-    tables: list[Tensor | None] = [None, None, None]
-    scatter = torch.ops.aten.embedding_dense_backward
+        return None, None, None, None, None, None, None, None, *_NOTHING
+    total, stats, ids, place, types, word, position, token_type, weight, bias, seed = ctx.saved_tensors
+    (p, _eps, padding, _dtype), needs = ctx.numbers, ctx.needs_input_grad
+    weight_dtype = weight.dtype if needs[6] else None
+    bias_dtype = bias.dtype if needs[7] else None
+    dz, *sums = _embed_backward(dy, total, stats, weight, seed, p, weight_dtype, bias_dtype)
+    dweight = sums.pop(0) if needs[6] else None
+    dbias = sums.pop() if needs[7] else None
+    dword = dposition = dtype = None
     if needs[3]:
-        tables[0] = scatter(dz, ids, ctx.sizes[0], ctx.padding, False)
+        dword = _scatter(dz, ids, word.shape[0], padding, False)
     if needs[4]:
         if place is None:
             length = ids.shape[-1]
-            tables[1] = F.pad(dz.reshape(-1, length, dz.shape[-1]).sum(0), (0, 0, 0, ctx.sizes[1] - length))
+            places = dz.reshape(-1, length, dz.shape[-1]).sum(0)
+            dposition = F.pad(places, (0, 0, 0, position.shape[0] - length))
         else:
-            tables[1] = scatter(dz, place, ctx.sizes[1], -1, False)
+            dposition = _scatter(dz, place, position.shape[0], -1, False)
     if needs[5]:
         if types is None:
-            tables[2] = F.pad(dz.reshape(-1, dz.shape[-1]).sum(0, keepdim=True), (0, 0, 0, ctx.sizes[2] - 1))
+            whole = dz.reshape(-1, dz.shape[-1]).sum(0, keepdim=True)
+            dtype = F.pad(whole, (0, 0, 0, token_type.shape[0] - 1))
         else:
-            tables[2] = scatter(dz, types, ctx.sizes[2], -1, False)
-    return None, None, None, *tables, *parameters, *nothing
+            dtype = _scatter(dz, types, token_type.shape[0], -1, False)
+    return None, None, None, dword, dposition, dtype, dweight, dbias, *_NOTHING
+
+
+def _second(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    _total, _stats, ids, place, types, *parameters, seed = ctx.saved_tensors
+    p, eps, padding, out_dtype = ctx.numbers
+
+    def reference(*tables: Any) -> Tensor:
+        arguments = (ids, place, types, *tables, seed)
+        return _reference(arguments, p, eps, padding if padding >= 0 else None).to(out_dtype)
+
+    return None, None, None, *differentiate("embedding_layer_norm", reference, parameters, (dy,)), *_NOTHING
 
 
 def _run_backward(
@@ -199,15 +213,12 @@ def _run_backward(
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Gradients of the sum of rows, weight and bias."""
-    from fastformer.kernels.activation import activation_backward
-    from fastformer.kernels.norm import norm_backward
-
     nothing = (0, 1.0)
     if seed is not None and dy.numel():
-        drop = (seed, dropout_threshold(p), keep_scale(p))
-        (dy,) = activation_backward(dy, dy, None, None, *drop, "identity", dy.dtype, None, None)
+        arguments = (dy, dy, None, None, seed, *drop_numbers(p), "identity", dy.dtype, None, None)
+        (dy,) = kernels("activation").activation_backward(*arguments)
     kinds = (total.dtype, None, weight_dtype, bias_dtype)
-    return norm_backward(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
+    return kernels("norm").norm_backward(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
 
 
 def _run_backward_fake(dy, total, stats, weight, seed, p, *dtypes):
@@ -215,5 +226,5 @@ def _run_backward_fake(dy, total, stats, weight, seed, p, *dtypes):
     return [torch.empty_like(total), *(total.new_empty(n, dtype=d) for d in dtypes if d is not None)]
 
 
-_embed_op = Operator("embedding_layer_norm", _forward, _forward_fake, _setup_context, _backward)
+_embed_op = Operator("embedding_layer_norm", _forward, _forward_fake, _setup_context, _backward, _second, visible=1)
 _embed_backward = Kernel("embedding_layer_norm_backward", _run_backward, _run_backward_fake)

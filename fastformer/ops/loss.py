@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.backend import autocasts, backend_for
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
 from fastformer.ops.validate import FLOATS, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -68,13 +68,13 @@ def cross_entropy(
     options = _checked(weight, ignore_index, reduction, label_smoothing, z_loss, softcap, "logits", logits, target)
     if weight is not None:
         check_tensor("weight", weight, dtypes=_DTYPES, shape=logits.shape[-1:], device=logits.device)
-    autocast = torch.is_autocast_enabled(logits.device.type)
+    autocast = autocasts(logits.device)
     out_dtype = torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
     rows, goal = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if backend_for(logits.device) == "torch" or logits.dtype == torch.float64 or logits.shape[-1] == 0:
         return _compose(rows, goal, weight, reduction, options, target.shape)
     weight = None if weight is None else weight.contiguous()
-    loss, row_weight, _ = _rows_op(rows, goal.contiguous(), weight, *options)
+    loss, row_weight = _rows_op(rows, goal.contiguous(), weight, *options)
     if reduction == "none":
         return loss.reshape(target.shape).to(out_dtype)
     loss = loss.sum()
@@ -118,7 +118,7 @@ def linear_cross_entropy(
     if class_weight is not None:
         check_tensor("class_weight", class_weight, dtypes=_DTYPES, shape=classes, device=device)
     out_dtype = input.dtype
-    if torch.is_autocast_enabled(device.type) and input.dtype != torch.float64:
+    if autocasts(device) and input.dtype != torch.float64:
         out_dtype, dtype = torch.float32, torch.get_autocast_dtype(device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -222,9 +222,7 @@ def _block_losses(
 def _rows_forward(
     logits: Tensor, goal: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, z_loss: float, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastformer.kernels.loss import cross_entropy_forward
-
-    return cross_entropy_forward(logits, goal, weight, ignore_index, smoothing, z_loss, cap)
+    return kernels("loss").cross_entropy_forward(logits, goal, weight, ignore_index, smoothing, z_loss, cap)
 
 
 def _rows_fake(logits, goal, weight, ignore_index, smoothing, z_loss, cap):
@@ -236,7 +234,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     logits, goal, weight, *options = inputs
     _, row_weight, lse = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_weight, lse)
+    ctx.mark_non_differentiable(row_weight)
     ctx.save_for_backward(logits, goal, weight, row_weight, lse)
     ctx.options = options
 
@@ -244,6 +242,16 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _rows_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
     gradient = None if dloss is None else _rows_gradient(dloss, *ctx.saved_tensors, *ctx.options)
     return gradient, None, None, None, None, None, None
+
+
+def _rows_second(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    logits, goal, weight, _weights, _lse = ctx.saved_tensors
+    options = _Options(*ctx.options)
+
+    def reference(logits: Tensor) -> Tensor:
+        return _compose(logits.float(), goal, weight, "none", options, goal.shape)
+
+    return *differentiate("cross_entropy", reference, (logits,), (dloss,)), None, None, None, None, None, None
 
 
 def _run_rows_gradient(
@@ -258,13 +266,11 @@ def _run_rows_gradient(
     z_loss: float,
     cap: float,
 ) -> Tensor:
-    from fastformer.kernels.loss import cross_entropy_backward
-
     options = (ignore_index, smoothing, z_loss, cap)
-    return cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False)
+    return kernels("loss").cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False)
 
 
-_rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward)
+_rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward, _rows_second, visible=2)
 _rows_gradient = Kernel(
     "cross_entropy_backward", _run_rows_gradient, lambda dloss, logits, *_: logits.new_empty(logits.shape)
 )
@@ -327,12 +333,13 @@ def _block_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Losses of a block's rows, and the gradient of logits times `scale`, which may lie over logits."""
     if backend_for(logits.device) == "triton" and logits.dtype != torch.float64:
-        from fastformer.kernels.loss import cross_entropy_backward, cross_entropy_forward
-
-        losses, row_weight, lse = cross_entropy_forward(logits, goal, class_weight, *options)
+        launchers = kernels("loss")
+        losses, row_weight, lse = launchers.cross_entropy_forward(logits, goal, class_weight, *options)
         if needed:
             dloss = scale.expand(len(logits))
-            logits = cross_entropy_backward(dloss, logits, goal, class_weight, row_weight, lse, *options, True)
+            logits = launchers.cross_entropy_backward(
+                dloss, logits, goal, class_weight, row_weight, lse, *options, True
+            )
         return losses, logits
     return loss_reference(logits, goal, class_weight, scale, options, needed)
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
-from fastformer.ops.random import draw_seed, dropout, dropout_threshold, keep_scale
-from fastformer.ops.validate import FLOATS, check_probability, check_tensor
+from fastformer.ops.backend import autocasts, backend_for
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.random import draw_seed, drop_numbers, dropout
+from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
 
@@ -166,29 +166,34 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     """The four functions in one: (normed, sum); the sum is meaningful only if `want_sum`."""
     _check(input, residual, weight, bias, row_scale, seed)
-    for name, dtype in (("residual_dtype", sum_dtype), ("out_dtype", out_dtype)):
-        if dtype is not None and dtype not in _DTYPES:
-            raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
     if sum_dtype is None:
-        sum_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+        sum_dtype = input.dtype
+        if residual is not None and residual.dtype != sum_dtype:
+            sum_dtype = torch.promote_types(sum_dtype, residual.dtype)
+    elif sum_dtype not in _DTYPES:
+        raise TypeError(f"residual_dtype must be a floating-point dtype, got {sum_dtype}")
+    if out_dtype is not None and out_dtype not in _DTYPES:
+        raise TypeError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
     if eps is None:
         # Stock computes 16-bit inputs in float32 and takes that one's epsilon.
         eps = torch.finfo(torch.promote_types(sum_dtype, torch.float32)).eps
+    device = input.device
     # No kernel computes in float64 or has a program for rows without elements.
-    if backend_for(input.device) == "torch" or sum_dtype == torch.float64 or input.shape[-1] == 0:
+    if backend_for(device) == "torch" or sum_dtype == torch.float64 or input.shape[-1] == 0:
         return _compose(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype)
     if out_dtype is None:
-        out_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else sum_dtype
+        out_dtype = torch.float32 if autocasts(device) else sum_dtype
     if p == 0.0:
         seed = None
     elif seed is None:
-        seed = draw_seed(input.device)
-    saves = residual is not None and torch.is_grad_enabled()
-    out, total, _ = _norm_op(
+        seed = draw_seed(device)
+    arguments = (
         input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed, p, eps, offset, rms,
-        sum_dtype, out_dtype, want_sum or saves,
+        sum_dtype, out_dtype,
     )  # fmt: skip
-    return out, total
+    if want_sum or (residual is not None and torch.is_grad_enabled()):
+        return _add_norm_op(*arguments)
+    return _norm_op(*arguments), input
 
 
 def _check(
@@ -203,12 +208,13 @@ def _check(
     if input.ndim == 0:
         raise ValueError("input must have at least one dimension, got shape ()")
     shape, device = input.shape, input.device
-    if residual is not None:
+    if residual is not None and not matches(residual, shape, device):
         check_tensor("residual", residual, dtypes=_DTYPES, shape=shape, device=device)
-    if weight is not None:
-        check_tensor("weight", weight, dtypes=_DTYPES, shape=shape[-1:], device=device)
-    if bias is not None:
-        check_tensor("bias", bias, dtypes=_DTYPES, shape=shape[-1:], device=device)
+    columns = shape[-1:]
+    if weight is not None and not matches(weight, columns, device):
+        check_tensor("weight", weight, dtypes=_DTYPES, shape=columns, device=device)
+    if bias is not None and not matches(bias, columns, device):
+        check_tensor("bias", bias, dtypes=_DTYPES, shape=columns, device=device)
     if row_scale is not None:
         check_tensor("row_scale", row_scale, dtypes=_DTYPES, shape=shape[:-1], device=device)
         if row_scale.requires_grad:
@@ -242,17 +248,23 @@ def _compose(
         if row_scale is not None:
             branch = (branch * row_scale.unsqueeze(-1)).to(branch.dtype)
         total = (residual + branch).to(sum_dtype)
+    out = _affine_reference(total, weight, bias, eps, offset, rms)
+    return (out if out_dtype is None else out.to(out_dtype)), total
+
+
+def _affine_reference(
+    total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, rms: bool
+) -> Tensor:
     if weight is not None and offset:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
-    out = norm_reference(total, weight, bias, eps, rms)
-    return (out if out_dtype is None else out.to(out_dtype)), total
+    return norm_reference(total, weight, bias, eps, rms)
 
 
 def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     """LayerNorm or RMSNorm by PyTorch, in fp32 where it takes no mixture of dtypes; in fp64 the tests' reference."""
     shape, dtype = total.shape[-1:], total.dtype
     mixed = any(w is not None and w.dtype != dtype for w in (weight, bias))
-    mixed &= not torch.is_autocast_enabled(total.device.type)
+    mixed &= not autocasts(total.device)
     if mixed:
         total = total.float()
         weight, bias = (None if w is None else w.float() for w in (weight, bias))
@@ -273,55 +285,103 @@ def _forward(
     rms: bool,
     sum_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, statistics), the sum not kept."""
+    return kernels("norm").norm_forward(
+        input, residual, weight, bias, row_scale, seed, *drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, False
+    )[::2]  # fmt: skip
+
+
+def _forward_sum(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastformer.kernels.norm import norm_forward
-
-    out, total, stats = norm_forward(
-        input, residual, weight, bias, row_scale, seed, dropout_threshold(p), keep_scale(p), eps, offset, rms,
-        sum_dtype, out_dtype, keep_sum,
+    """(normed, sum, statistics)."""
+    return kernels("norm").norm_forward(
+        input, residual, weight, bias, row_scale, seed, *drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, True
     )  # fmt: skip
-    return out, input.new_empty(0) if total is None else total, stats
 
 
-def _forward_fake(
-    input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype, keep_sum
-):  # fmt: skip
+def _forward_fake(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype):
     rows = input.numel() // input.shape[-1]
-    return (
-        input.new_empty(input.shape, dtype=out_dtype),
-        input.new_empty(input.shape, dtype=sum_dtype) if keep_sum else input.new_empty(0),
-        input.new_empty((1 if rms else 2, rows), dtype=torch.float32),
-    )
+    stats = input.new_empty((1 if rms else 2, rows), dtype=torch.float32)
+    return input.new_empty(input.shape, dtype=out_dtype), stats
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, residual, weight, bias, row_scale, seed, p, _, offset, rms = inputs[:10]
-    _, total, stats = output
+def _forward_sum_fake(input, *rest):
+    out, stats = _forward_fake(input, *rest)
+    return out, input.new_empty(input.shape, dtype=rest[-2]), stats
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, _, out_dtype = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(input if residual is None else total, stats, weight, row_scale, seed)
-    ctx.p, ctx.offset, ctx.rms = p, offset, rms
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
+    ctx.save_for_backward(output[1] if len(output) == 3 else input, output[-1], weight, bias, row_scale, seed)
+    ctx.numbers = p, offset, rms
+    ctx.kinds = (
+        input.dtype,
+        None if residual is None else residual.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
+    ctx.again = eps, out_dtype
 
 
-def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, _: None) -> tuple[Any, ...]:
-    nothing = (None,) * 9
+_NOTHING = (None,) * 8
+
+
+def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
     if dy is None and dz is None:
-        return None, None, None, None, *nothing
-    total, stats, weight, row_scale, seed = ctx.saved_tensors
-    wanted = [d if need else None for d, need in zip(ctx.dtypes, ctx.needs_input_grad[:4], strict=True)]
+        return None, None, None, None, *_NOTHING
+    total, stats, weight, _, row_scale, seed = ctx.saved_tensors
+    needs, kinds = ctx.needs_input_grad, ctx.kinds
+    dx, dr = kinds[0] if needs[0] else None, kinds[1] if needs[1] else None
+    dw, db = kinds[2] if needs[2] else None, kinds[3] if needs[3] else None
     # Without dropout or row scale the branch and the residual get the same gradient: one tensor, as stock addition.
-    shared = wanted[0] is not None and wanted[0] == wanted[1] and seed is None and row_scale is None
-    if shared:
-        wanted[0] = None
+    shared = dx is not None and dx == dr and seed is None and row_scale is None
     if dy is None:
         dy = torch.zeros_like(total)
-    found = iter(_norm_backward(dy, dz, total, stats, weight, row_scale, seed, ctx.p, ctx.offset, ctx.rms, *wanted))
-    gradients = [None if dtype is None else next(found) for dtype in wanted]
+    found = _norm_backward(
+        dy, dz, total, stats, weight, row_scale, seed, *ctx.numbers, None if shared else dx, dr, dw, db
+    )
     if shared:
-        gradients[0] = gradients[1]
-    return *gradients, *nothing
+        found.insert(0, found[0])
+    return _spread(found, dx, dr, dw, db)
+
+
+def _spread(found: list[Tensor], *wanted: torch.dtype | None) -> tuple[Any, ...]:
+    """The gradients found in the places of those wanted, and None for every other argument."""
+    if None not in wanted:
+        return *found, *_NOTHING
+    each = iter(found)
+    return *(None if dtype is None else next(each) for dtype in wanted), *_NOTHING
+
+
+def _second(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
+    total, _, weight, bias, row_scale, seed = ctx.saved_tensors
+    (p, offset, rms), (eps, out_dtype), kinds = ctx.numbers, ctx.again, ctx.kinds
+
+    def reference(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return _affine_reference(total, weight, bias, eps, offset, rms).to(out_dtype)
+
+    gradient, dw, db = differentiate("norm", reference, (total, weight, bias), (dy,))
+    parts = [part.to(total.dtype) for part in (gradient, dz) if part is not None]
+    if not parts:
+        return None, None, dw, db, *_NOTHING
+    whole = sum(parts[1:], parts[0])
+    branch = whole if row_scale is None else whole * row_scale.unsqueeze(-1)
+    branch = dropout(branch, p, seed)
+    return branch.to(kinds[0]), None if kinds[1] is None else whole.to(kinds[1]), dw, db, *_NOTHING
 
 
 def _run_backward(
@@ -340,10 +400,8 @@ def _run_backward(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    from fastformer.kernels.norm import norm_backward
-
-    return norm_backward(
-        dy, dz, total, stats, weight, row_scale, seed, dropout_threshold(p), keep_scale(p), offset, rms,
+    return kernels("norm").norm_backward(
+        dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(p), offset, rms,
         input_dtype, residual_dtype, weight_dtype, bias_dtype,
     )  # fmt: skip
 
@@ -353,5 +411,7 @@ def _run_backward_fake(dy, dz, total, stats, weight, row_scale, seed, p, offset,
     return [total.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
 
 
-_norm_op = Operator("norm", _forward, _forward_fake, _setup_context, _backward)
+# Two registrations of one function: a norm alone has a single result, which is cheaper to hand out than two.
+_norm_op = Operator("norm", _forward, _forward_fake, _setup_context, _backward, _second, visible=1)
+_add_norm_op = Operator("add_norm", _forward_sum, _forward_sum_fake, _setup_context, _backward, _second, visible=2)
 _norm_backward = Kernel("norm_backward", _run_backward, _run_backward_fake)

@@ -1,17 +1,21 @@
 """One definition of an operator, two routes to it.
 
-- The *light* route, for plain tensors in eager mode: the launcher under a `torch.autograd.Function` (6–12 µs a call).
+- The *light* route, for plain tensors in eager mode: the launcher under a `torch.autograd.Function`.
 - The *full* route, everywhere else (torch.compile, export, fake tensors, tensor subclasses, dispatch modes):
-  `torch.library.custom_op` with its fake and autograd registrations (20–36 µs a call in eager mode).
+  `torch.library.custom_op` with its fake and autograd registrations.
 - Both share the same forward, backward and `setup_context`, so they cannot drift apart.
 
-At BERT widths a layer's operators take a few µs of GPU time each, so the host side of a call decides.
+At BERT widths a layer's operators take a few us of GPU time each, so the host side of a call decides: the light route
+is written for it, and `bench/host.py` measures it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -21,28 +25,43 @@ from torch.nn import Parameter
 
 from fastformer.ops import backend
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset({Tensor, Parameter})
+# Asking a class is a third of the cost of isinstance, which for tensors runs Python.
+_NO_TENSOR = frozenset({NoneType, bool, int, float, str, torch.dtype})
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """Module `name` of fastformer.kernels, imported (and triton with it) when a launcher is first needed."""
+    return importlib.import_module(f"fastformer.kernels.{name}")
+
+
+def _is_watched() -> bool:
+    """Whether more than eager autograd is to see a call. A mode that stands in for launches sees them by itself."""
+    return _is_compiling() or _functorch_level() is not None or (_dispatch_modes() > 0 and not backend.is_standing_in())
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """Whether a call may take the light route: eager mode, ordinary tensors, no dispatch mode watching.
-
-    One that stands in for the launches watches them from there.
-    """
-    if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() > 0 and not backend.is_standing_in()):
+    """Whether a call may take the light route: eager mode, ordinary tensors, no dispatch mode watching."""
+    if _is_watched():
         return False
-    return all(type(a) in _PLAIN for a in args if isinstance(a, Tensor)) and (
-        torch._C._functorch.maybe_current_level() is None
-    )
+    for a in args:
+        kind = type(a)
+        if kind not in _NO_TENSOR and kind not in _PLAIN and isinstance(a, Tensor):
+            return False
+    return True
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its first tensor's GPU as the current one, on which Triton launches whatever it is given."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         for a in args:
-            if isinstance(a, Tensor):
+            if type(a) not in _NO_TENSOR and isinstance(a, Tensor):
                 if a.is_cuda and a.get_device() != torch.cuda.current_device():
                     with torch.cuda.device(a.get_device()):
                         return function(*args)
@@ -64,7 +83,7 @@ class Kernel:
 
     def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = name
-        self.function = _on_its_device(function)
+        self.function = on_its_device(function)
         schema = torch.library.infer_schema(function, mutates_args=())
         self.op = torch.library.custom_op(f"fastformer::{name}", self.function, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
@@ -78,9 +97,14 @@ class Operator(Kernel):
 
     Args:
         setup_context: `(ctx, inputs, output)`, saves what backward needs.
-        backward: `(ctx, *grad_outputs)`, returns one gradient (or None) for every argument; it calls `Kernel`s.
-        second: like backward, made of differentiable operations only; runs in its place when a second derivative was
-            asked for (create_graph=True). Without one that raises RuntimeError: a silent wrong result is worse.
+        backward: `(ctx, *grad_outputs)`, returns one gradient (or None) for every argument; it calls `Kernel`s. It may
+            get fewer gradients than there are results: see `visible`.
+        second: like backward, made of differentiable operations only (`differentiate` helps); runs in its place when a
+            second derivative was asked for (create_graph=True). Without one that raises RuntimeError: a silent wrong
+            result is worse.
+        visible: how many of the function's results, the first ones, a call hands out (one: as a tensor); the rest are
+            for backward alone and have no derivative. On the light route they are no outputs, which saves their
+            bookkeeping. None: all of them.
     """
 
     def __init__(
@@ -91,8 +115,10 @@ class Operator(Kernel):
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
         second: Callable[..., Any] | None = None,
+        visible: int | None = None,
     ) -> None:
         super().__init__(name, function, fake)
+        shown = self._shown = _first_ones(visible)
 
         def guarded(ctx: Any, *grads: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -109,9 +135,14 @@ class Operator(Kernel):
         def forward(ctx: Any, *args: Any) -> Any:
             output = self.function(*args)
             setup_context(ctx, args, output)
-            return output
+            return shown(output)
 
-        self.op.register_autograd(guarded, setup_context=setup_context)
+        def setup(ctx: Any, inputs: Any, output: Any) -> None:
+            setup_context(ctx, inputs, output)
+            if visible is not None:
+                ctx.mark_non_differentiable(*(ctx.non_differentiable or ()), *output[visible:])
+
+        self.op.register_autograd(guarded, setup_context=setup)
         self.light: Any = type(
             f"{name}_light",
             (torch.autograd.Function,),
@@ -120,15 +151,68 @@ class Operator(Kernel):
                 "backward": staticmethod(guarded),
             },
         )
-        # Function.apply only adds what functorch needs, and `is_plain` has seen that it is not at work.
+        # Function.apply only adds what functorch needs, and the call below has seen that it is not at work.
         self.apply_light = super(torch.autograd.Function, self.light).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if not is_plain(args):
-            return self.op(*args)
+        if _is_watched():
+            return self._shown(self.op(*args))
+        needs = False
+        for a in args:
+            kind = type(a)
+            if kind in _PLAIN:
+                needs = needs or a.requires_grad
+            elif kind not in _NO_TENSOR and isinstance(a, Tensor):
+                return self._shown(self.op(*args))
         # Forward-mode derivatives go there too: PyTorch then says that there are none, instead of dropping the tangent.
-        if forward_ad._current_level >= 0 or (
-            torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        ):
+        if (needs and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return self.apply_light(*args)
-        return self.function(*args)
+        return self._shown(self.function(*args))
+
+
+def _first_ones(count: int | None) -> Callable[[Any], Any]:
+    if count is None:
+        return lambda output: output
+    if count == 1:
+        return lambda output: output[0]
+    return lambda output: output[:count]
+
+
+def differentiate(
+    name: str,
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The backward of operator `name` with a graph of its own, for `Operator`'s `second`.
+
+    Args:
+        function: the reference, `function(*tensors)`, in differentiable operations.
+        tensors: what the derivative is with respect to, as backward unpacked it.
+        grads: of the function's results, None where there is none.
+
+    Returns:
+        the gradient of each tensor, None where it takes none.
+    """
+    say_once(name)
+    # Views, so that what reaches one tensor by way of another (b = f(a)) is not counted for it here as well.
+    views = [None if t is None else t.view_as(t) for t in tensors]
+    results = function(*views)
+    pairs = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+    used = [(r, g) for r, g in pairs if g is not None and r.requires_grad]
+    wanted = [v for v in views if v is not None and v.requires_grad]
+    if not used or not wanted:
+        return [None] * len(views)
+    outputs, sent = zip(*used, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, sent, create_graph=True, allow_unused=True))
+    return [next(found) if v is not None and v.requires_grad else None for v in views]
+
+
+@functools.cache
+def say_once(name: str) -> None:
+    """Warn, once an operator, that PyTorch's operators compute a backward that has a derivative of its own."""
+    warnings.warn(
+        f"fastformer::{name}: no kernel computes a second derivative (create_graph=True); PyTorch's operators compute "
+        "this backward (the same result, slower and in more memory)",
+        stacklevel=2,
+    )

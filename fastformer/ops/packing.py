@@ -107,7 +107,12 @@ class Packing:
 
     @property
     def is_whole(self) -> bool:
-        """Whether neither the batch nor a packed tensor holds more than real tokens: both are then the same rows."""
+        """Whether neither the batch nor a packed tensor holds more than real tokens: both are then the same rows.
+
+        torch.compile is told no: one graph is to serve all batches.
+        """
+        if torch.compiler.is_compiling():
+            return False
         return self.rows == self.batch * self.seqlen and not self.has_padding
 
     def positions(self) -> Tensor:

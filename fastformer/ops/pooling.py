@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, kernels, say_once
 from fastformer.ops.validate import FLOATS, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -43,25 +44,27 @@ def pool_packed(input: Tensor, cu_seqlens: Tensor, mode: str = "mean", mask: Ten
         return input.index_select(0, cu_seqlens[:-1])
     if backend_for(input.device) == "torch" or input.dtype == torch.float64:
         return mean_reference(input, cu_seqlens, mask)
-    return _mean_op(input, cu_seqlens.contiguous(), None if mask is None else mask.contiguous())[0]
+    return _mean_op(input, cu_seqlens.contiguous(), None if mask is None else mask.contiguous())
 
 
 def mean_reference(input: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
     """The mean by PyTorch, in float32 at least; the last of B + 1 sums takes the tokens of no sequence."""
-    sequences, tokens = cu_seqlens.shape[0] - 1, torch.arange(input.shape[0], device=input.device)
-    home = torch.bucketize(tokens, cu_seqlens[1:].long(), right=True)
-    if mask is not None:
-        home = home.where(mask, sequences)
+    sequences, home = cu_seqlens.shape[0] - 1, _sequence_of(input.shape[0], cu_seqlens, mask)
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     total = wide.new_zeros(sequences + 1, input.shape[1]).index_add(0, home, wide)
     count = wide.new_zeros(sequences + 1).index_add(0, home, wide.new_ones(()).expand(len(home)))
     return (total[:-1] / count[:-1].clamp(min=1)[:, None]).to(input.dtype)
 
 
-def _forward(input: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    from fastformer.kernels.pooling import mean_forward
+def _sequence_of(tokens: int, cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    """The sequence each token counts for, their number for none."""
+    places = torch.arange(tokens, device=cu_seqlens.device)
+    home = torch.bucketize(places, cu_seqlens[1:].long(), right=True)
+    return home if mask is None else home.where(mask, cu_seqlens.shape[0] - 1)
 
-    return mean_forward(input, cu_seqlens, mask)
+
+def _forward(input: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return kernels("pooling").mean_forward(input, cu_seqlens, mask)
 
 
 def _forward_fake(input, cu_seqlens, mask):
@@ -72,22 +75,29 @@ def _forward_fake(input, cu_seqlens, mask):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, cu_seqlens, mask = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(cu_seqlens, mask, output[1])
     ctx.tokens = input.shape[0]
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Any, ...]:
     return None if dy is None else _mean_backward(dy, *ctx.saved_tensors, ctx.tokens), None, None
 
 
+def _second(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Any, ...]:
+    if dy is None:
+        return None, None, None
+    say_once("pool_packed_mean")
+    cu_seqlens, mask, count = ctx.saved_tensors
+    # A last row of zeros for the tokens of no sequence.
+    share = F.pad(dy / count[:, None].to(dy.dtype), (0, 0, 0, 1))
+    return share.index_select(0, _sequence_of(ctx.tokens, cu_seqlens, mask)), None, None
+
+
 def _run_backward(dy: Tensor, cu_seqlens: Tensor, mask: Tensor | None, count: Tensor, tokens: int) -> Tensor:
-    from fastformer.kernels.pooling import mean_backward
-
-    return mean_backward(dy, cu_seqlens, mask, count, tokens)
+    return kernels("pooling").mean_backward(dy, cu_seqlens, mask, count, tokens)
 
 
-_mean_op = Operator("pool_packed_mean", _forward, _forward_fake, _setup_context, _backward)
+_mean_op = Operator("pool_packed_mean", _forward, _forward_fake, _setup_context, _backward, _second, visible=1)
 _mean_backward = Kernel(
     "pool_packed_mean_backward",
     _run_backward,

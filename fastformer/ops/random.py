@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,12 @@ _LOW = 0xFFFFFFFF
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed: int64 tensor of shape (1,) on `device`."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+@functools.cache
+def drop_numbers(p: float) -> tuple[int, float]:
+    """What a kernel needs to know of p: `dropout_threshold` and `keep_scale`."""
+    return dropout_threshold(p), keep_scale(p)
 
 
 def dropout_threshold(p: float) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, is_plain, kernels, on_its_device, say_once
 from fastformer.ops.validate import FLOATS, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -22,6 +22,7 @@ def rotary_embedding(
     position_ids: Tensor | None = None,
     *,
     interleaved: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Turn queries and keys by their positions' angles.
 
@@ -34,12 +35,16 @@ def rotary_embedding(
         position_ids: (B, S) or (T,) int64 rows of the table, for packed sequences those within each; None: 0, 1, 2, …
             On a GPU a position beyond the table gives NaN.
         interleaved: pairs are neighbours (GPT-J) and not half a head apart (GPT-NeoX, Llama).
+        inplace: write over query and key, where no element of them lies under another. Backward needs neither; where
+            another operation's does (it saved one of them), autograd says so when that backward runs, as for any
+            operation in place. Leaves that require a gradient are refused.
 
     Returns:
-        (query, key), new tensors in the dtypes of the old; arithmetic in float32.
+        (query, key) in the dtypes of the old, new tensors or with `inplace` the same; arithmetic in float32.
 
     Raises:
-        TypeError, ValueError: an argument of another type, dtype, shape or device.
+        TypeError, ValueError: an argument of another type, dtype, shape, device or memory layout.
+        RuntimeError: autograd's own, `inplace` on a view that it does not let be modified (of split, chunk, unbind).
     """
     check_tensor("query", query, dtypes=_DTYPES)
     if query.ndim not in (3, 4):
@@ -70,16 +75,79 @@ def rotary_embedding(
         position_ids = position_ids.reshape(tokens).contiguous()
     elif cos.shape[0] < tokens[1]:
         raise ValueError(f"cos must have a row for each of {tokens[1]} positions, got {cos.shape[0]}")
+    if inplace:
+        _check_inplace(query, key)
     q = query.reshape(*tokens, *query.shape[-2:])
     k = None if key is None else key.reshape(*tokens, *key.shape[-2:])
     wide = query.dtype == torch.float64 or (key is not None and key.dtype == torch.float64)
+    options = (position_ids, interleaved, by_token)
     if backend_for(device) == "torch" or wide:
-        options = (cos, sin, position_ids, interleaved, by_token)
-        q, k = rotary_reference(q, *options), None if k is None else rotary_reference(k, *options)
+        q_out, k_out = (None if x is None else rotary_reference(x, cos, sin, *options) for x in (q, k))
     else:
         cos, sin = (table if table.stride(-1) == 1 else table.contiguous() for table in (cos, sin))
-        q, k = _rotary_op(q, k, cos, sin, position_ids, interleaved, by_token)
-    return q.reshape(query.shape), None if key is None or k is None else k.reshape(key.shape)
+        if inplace and is_plain((query, key)):
+            _turn_in_place(q, k, cos, sin, *options)
+            return query, key
+        q_out, k_out = _rotary_op(q, k, cos, sin, *options)
+    assert q_out is not None
+    if inplace:
+        query.copy_(q_out.reshape(query.shape))
+        return query, None if key is None or k_out is None else key.copy_(k_out.reshape(key.shape))
+    return q_out.reshape(query.shape), None if key is None or k_out is None else k_out.reshape(key.shape)
+
+
+def _check_inplace(query: Tensor, key: Tensor | None) -> None:
+    for name, x in (("query", query), ("key", key)):
+        if x is None:
+            continue
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not be a leaf that requires a gradient with inplace=True")
+        if _overlaps_itself(x):
+            raise ValueError(
+                f"{name} must hold every element once with inplace=True, got shape {tuple(x.shape)} with strides "
+                f"{x.stride()}"
+            )
+    if key is not None and _may_overlap(query, key):
+        raise ValueError("query and key must not share memory with inplace=True")
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _may_overlap(query: Tensor, key: Tensor) -> bool:
+    """Whether some element may belong to both; those of one projection, told apart by their offset in a token, do not.
+
+    False is certain; True is also said of layouts that the comparison below does not know.
+    """
+    if query.untyped_storage().data_ptr() != key.untyped_storage().data_ptr() or not query.numel() or not key.numel():
+        return False
+    if query.dtype != key.dtype:
+        return True
+    starts, sizes = zip(*((x.storage_offset(), _reach(x, 0)) for x in (query, key)), strict=True)
+    if starts[0] + sizes[0] <= starts[1] or starts[1] + sizes[1] <= starts[0]:
+        return False
+    # Both in steps of one stride: apart if their parts of a step are.
+    lead = [(a, b) for a, b, n in zip(query.stride()[:-2], key.stride()[:-2], query.shape, strict=False) if n > 1]
+    if not lead or any(a != b for a, b in lead):
+        return True
+    step = min(a for a, _ in lead)
+    if any(a % step for a, _ in lead):
+        return True
+    q_part, k_part = (_reach(x, x.ndim - 2) for x in (query, key))
+    distance = (starts[1] - starts[0]) % step
+    return distance < q_part or distance + k_part > step
+
+
+def _reach(x: Tensor, first: int) -> int:
+    """Elements from the first to the last of dimensions `first` on, ends included."""
+    return 1 + sum(stride * (size - 1) for stride, size in zip(x.stride()[first:], x.shape[first:], strict=True))
 
 
 def rotary_reference(
@@ -113,9 +181,7 @@ def _run(
     by_token: bool,
     inverse: bool,
 ) -> list[Tensor]:
-    from fastformer.kernels.rotary import rotate
-
-    return rotate(query, key, cos, sin, position, interleaved, by_token, inverse)
+    return kernels("rotary").rotate(query, key, cos, sin, position, interleaved, by_token, inverse)
 
 
 def _run_fake(query, key, cos, sin, position, interleaved, by_token, inverse):
@@ -132,7 +198,7 @@ def _forward(
     interleaved: bool,
     by_token: bool,
 ) -> tuple[Tensor, Tensor]:
-    outs = _run(query, key, cos, sin, position, interleaved, by_token, False)
+    outs = kernels("rotary").rotate(query, key, cos, sin, position, interleaved, by_token, False)
     return outs[0], outs[1] if key is not None else query.new_empty(0)
 
 
@@ -150,12 +216,69 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
-    sent = [d for d in (dquery, dkey if ctx.has_key else None) if d is not None]
-    turned = iter(_turn(sent[0], sent[1] if len(sent) > 1 else None, *ctx.saved_tensors, *ctx.options) if sent else ())
-    found_query = next(turned) if dquery is not None else None
-    found_key = next(turned) if ctx.has_key and dkey is not None else None
-    return found_query, found_key, None, None, None, None, None
+    if dquery is not None and dkey is not None and ctx.has_key:
+        return *_turn(dquery, dkey, *ctx.saved_tensors, *ctx.options), *_NOTHING
+    found_query = None if dquery is None else _turn(dquery, None, *ctx.saved_tensors, *ctx.options)[0]
+    found_key = None
+    if ctx.has_key and dkey is not None:
+        (found_key,) = _turn(dkey, None, *ctx.saved_tensors, *ctx.options)
+    return found_query, found_key, *_NOTHING
 
 
-_rotary_op = Operator("rotary_embedding", _forward, _forward_fake, _setup_context, _backward)
+_NOTHING = (None,) * 5
+
+
+def _second(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
+    cos, sin, position = ctx.saved_tensors
+    interleaved, by_token, _ = ctx.options
+
+    def back(x: Tensor | None) -> Tensor | None:
+        return None if x is None else rotary_reference(x, cos, -sin, position, interleaved, by_token)
+
+    say_once("rotary_embedding")
+    return back(dquery), back(dkey) if ctx.has_key else None, *_NOTHING
+
+
+_rotary_op = Operator("rotary_embedding", _forward, _forward_fake, _setup_context, _backward, _second)
 _turn = Kernel("rotary_embedding_turn", _run, _run_fake)
+
+
+class _InPlace(torch.autograd.Function):
+    """One tensor: autograd follows views through a function in place only where that has a single result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        ctx.mark_dirty(x)
+        cos, sin, position, *numbers = options
+        ctx.save_for_backward(cos, sin, position)
+        ctx.numbers = numbers
+        _write(x, None, *options)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        cos, sin, position = ctx.saved_tensors
+        interleaved, by_token = ctx.numbers
+        if torch.is_grad_enabled():
+            say_once("rotary_embedding")
+            return rotary_reference(dy, cos, -sin, position, interleaved, by_token), *_NOTHING
+        return _turn(dy, None, cos, sin, position, interleaved, by_token, True)[0], *_NOTHING
+
+
+@on_its_device
+def _write(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, *options: Any) -> None:
+    kernels("rotary").rotate(query, key, cos, sin, *options, False, True)
+
+
+def _turn_in_place(query: Tensor, key: Tensor | None, *options: Any) -> None:
+    """Overwrite query and key, (B, S, H, D)."""
+    recorded = torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad))
+    if not recorded:
+        with torch.no_grad():
+            _write(query, key, *options)
+            # Whoever saved them must notice.
+            torch.autograd.graph.increment_version(query if key is None else (query, key))
+        return
+    for x in (query, key):
+        if x is not None:
+            _InPlace.apply(x, *options)

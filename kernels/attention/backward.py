@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import backward_config
+from fastformer.kernels.attention.config import backward_config, wide_constants
 from fastformer.kernels.attention.score import (
     LOG2E,
     blank,
@@ -27,6 +27,7 @@ from fastformer.kernels.attention.score import (
     sound_rows,
     visible_keys,
 )
+from fastformer.kernels.attention.wide import wide_key, wide_query
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
 from fastformer.kernels.targets import hopper_chosen, target_of
@@ -85,7 +86,12 @@ def _walk_keys(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
+        "dl_sb", "dl_sh", "dl_st",
+    ]
+)  # fmt: skip
 def _backward_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
@@ -246,7 +252,11 @@ def _walk_rows(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
+    ]
+)  # fmt: skip
 def _backward_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dk_sb, dk_sh, dk_st,
@@ -393,7 +403,12 @@ def attention_backward(
             *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, query.shape[0] if call.packed else 0, call.batch, *numbers,
         )  # fmt: skip
-        return _backward_query, (tiles * call.heads * batches,), others, {**call.constants, **config.options(target)}
+        programs = tiles * call.heads * batches
+        if call.wide:
+            constants, parts = wide_constants(target, call, call.head_dim)
+            others = (*others, call.head_dim, call.value_dim)
+            return wide_query, (parts * programs,), others, {**constants, **config.options(target)}
+        return _backward_query, (programs,), others, {**call.constants, **config.options(target)}
 
     def prepare_key() -> tuple[Any, ...]:
         target = target_of(query.device)
@@ -405,7 +420,12 @@ def attention_backward(
             *call.mask_strides, call.slope_stride,
             tiles, call.heads, call.q_len, call.k_len, key.shape[0] if call.packed else 0, call.batch, *numbers,
         )  # fmt: skip
-        return _backward_key, (tiles * call.kv_heads * batches,), others, {**call.constants, **config.options(target)}
+        programs = tiles * call.kv_heads * batches
+        if call.wide:
+            constants, parts = wide_constants(target, call, max(call.head_dim, call.value_dim))
+            others = (*others, call.head_dim, call.value_dim)
+            return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
+        return _backward_key, (programs,), others, {**call.constants, **config.options(target)}
 
     if query.numel() or out.numel():
         call.launch(

@@ -56,6 +56,7 @@ class Call:
     block_d: int
     block_v: int
     rich: bool
+    wide: bool
     constants: dict[str, Any]
     _launches: dict[Any, Prepared]
 
@@ -171,6 +172,10 @@ def _derive(
     if causal and bottom_right and right < 0 and (uneven or q_len > k_len):
         right = 0
     block_d, block_v = max(16, power_of_two(head_dim)), max(16, power_of_two(value_dim))
+    # Head dimensions that a program cannot hold. fp32 products run without matrix units and hold a whole head dimension
+    # of both factors in registers; half precision with few rules fits up to 512.
+    rich = mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
+    longest, single = max(head_dim, value_dim), query.dtype == torch.float32
     return {
         "packed": packed,
         "batch": batch,
@@ -190,9 +195,8 @@ def _derive(
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         "block_d": block_d,
         "block_v": block_v,
-        "rich": (
-            mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
-        ),
+        "rich": rich,
+        "wide": longest > 64 if single else longest > (256 if rich or bottom_right else 512),
         "constants": {
             "GROUP": heads // max(1, kv_heads),
             "BOTTOM_RIGHT": bottom_right,

@@ -5,6 +5,7 @@ rules that need many registers (masks, windows, dropout, softcap, ALiBi) take th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,15 +70,23 @@ _RICH: _Table = {
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
-# fp32 products run without tensor cores and hold a whole head dimension of both factors in registers: 64 at most.
 _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
 }
+
+# Tiles of `wide`, with the columns of a chunk and those that a program owns: half precision, and fp32.
+_WIDE = ((Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)), 64, 128)
+_WIDE_SINGLE = ((Config(16, 16, 4, 1),) * 3, 32, 128)
+# Tile of `bias` and `weights`, with the columns of a chunk: half precision, and fp32.
+_MAPS = (Config(64, 32, 4, 1), 64)
+_MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
 
 
 def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if target.name == "interpreter":
         return (_INTERPRETER,) * 3
+    if call.wide:
+        return (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[0]
     width = max(64, call.block_d, call.block_v)
     if call.query.dtype == torch.float32:
         table = _SINGLE
@@ -98,3 +107,26 @@ def forward_config(target: Target, call: Call) -> Config:
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
     return _configs(target, call)[1:]
+
+
+def chunked_constants(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that walk over the head dimension in chunks. It is no constant there: unrolled, the loop
+    would load whole rows ahead and spill."""
+    return {name: x for name, x in call.constants.items() if not name.endswith(("_DIM", "BLOCK_D", "BLOCK_V"))}
+
+
+def wide_constants(target: Target, call: Call, columns: int) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel of `wide` whose outputs have so many columns, and how many programs share them."""
+    if target.name == "interpreter":
+        chunk, wide = 64, 128
+    else:
+        chunk, wide = (_WIDE_SINGLE if call.query.dtype == torch.float32 else _WIDE)[1:]
+    parts = max(1, -(-columns // wide))
+    return chunked_constants(call) | {"CHUNK": chunk, "WIDE": wide, "PARTS": parts}, parts
+
+
+def map_config(target: Target, call: Call) -> tuple[Config, int]:
+    """Tile of the kernels that hold nothing but scores (the bias's gradient, weights), and the columns of a chunk."""
+    if target.name == "interpreter":
+        return _INTERPRETER, 16
+    return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS

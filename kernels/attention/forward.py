@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import forward_config
+from fastformer.kernels.attention.config import forward_config, wide_constants
 from fastformer.kernels.attention.score import (
     LN2,
-    LOG2E,
     blank,
     kept_tile,
     key_range,
@@ -26,8 +25,10 @@ from fastformer.kernels.attention.score import (
     sequence,
     slope_of,
     sound_rows,
+    start_of_row,
     visible_keys,
 )
+from fastformer.kernels.attention.wide import wide_forward
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
 from fastformer.kernels.targets import hopper_chosen, target_of
@@ -96,20 +97,12 @@ def _walk(
     return acc, peak, total
 
 
-@triton.jit
-def _start(SINKS, head, BLOCK_M: tl.constexpr):
-    """Running maximum (base 2) and sum of a row before its first key."""
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS is not None:
-        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-        peak = tl.zeros([BLOCK_M], tl.float32) + sink  # a NaN stays one
-        total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    return peak, total
-
-
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
+    ]
+)  # fmt: skip
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
@@ -167,7 +160,7 @@ def _forward(
         seed = tl.load(SEED)
     plane = batch * heads + head
 
-    peak, total = _start(SINKS, head, BLOCK_M)
+    peak, total = start_of_row(SINKS, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     ALIBI: tl.constexpr = SLOPES is not None
     last = tl.minimum(row_start + BLOCK_M, q_len) - 1
@@ -240,8 +233,12 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
             *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
             *call.scales, call.left, call.right, call.threshold, call.keep_scale,
         )  # fmt: skip
-        grid = (tiles * call.heads * (call.batch + call.packed),)
-        return _forward, grid, numbers, {**call.constants, **config.options(target)}
+        programs = tiles * call.heads * (call.batch + call.packed)
+        if call.wide:
+            constants, parts = wide_constants(target, call, call.value_dim)
+            numbers = (*numbers, call.head_dim, call.value_dim)
+            return wide_forward, (parts * programs,), numbers, {**constants, **config.options(target)}
+        return _forward, (programs,), numbers, {**call.constants, **config.options(target)}
 
     call.launch(
         "forward",

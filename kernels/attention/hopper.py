@@ -13,9 +13,11 @@ from fastformer.kernels.attention.hopper_forward import forward_kernel
 BLOCK = 128  # rows of a program: queries in forward, keys in backward
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
 FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
-    # Triton 3.9 gives ptxas --regAllocOptLevel=2, with which the wider tile spills 36 bytes.
-    FORWARD[128] = (64, 4)
+# Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (36 to 40 bytes), and windows or softcap at
+# head dimension 256 (496 bytes).
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+if NEWER:
+    FORWARD |= {64: (64, 4), 128: (64, 4)}
 # Head dimension: (tile of queries, stages) of the dK and dV kernel. At 128 the two sums leave too few registers: with
 # tiles of 32 queries 32 bytes spill.
 BACKWARD_KEY = {64: (64, 3)}
@@ -75,6 +77,8 @@ def _planes(call: Call) -> list[_Plane] | None:
         return None
     # The largest score is looked for before scaling; offsets within a tile of the output are 32-bit.
     if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK * call.heads * call.head_dim >= 2**31:
+        return None
+    if NEWER and call.head_dim == 256 and call.rich:
         return None
     if not (call.query.numel() and call.key.numel()):
         return None

@@ -42,6 +42,40 @@ def visible_keys(
 
 
 @triton.jit
+def product(
+    A, a_inside, B, b_inside, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of rows of two matrices in memory, CHUNK of their `width` columns at a time: whatever the width, no more
+    of a row is held in registers.
+
+    Args:
+        A, B: pointers to the rows' first elements, [BLOCK_M] and [BLOCK_N]; a_inside, b_inside: which rows exist, the
+            others count as zeros.
+
+    Returns:
+        fp32 [BLOCK_M, BLOCK_N].
+    """
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, width, CHUNK, num_stages=1):
+        d = first + tl.arange(0, CHUNK)
+        a = tl.load(A[:, None] + d[None, :], mask=a_inside[:, None] & (d < width)[None, :], other=0.0)
+        b = tl.load(B[:, None] + d[None, :], mask=b_inside[:, None] & (d < width)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def sound_in_chunks(PLACE, inside, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """`sound_rows` of rows of any width: PLACE points to their first elements, [BLOCK]."""
+    sound = tl.full([BLOCK], 1, tl.int1)
+    for first in tl.range(0, width, CHUNK, num_stages=1):
+        d = first + tl.arange(0, CHUNK)
+        sound = sound & sound_rows(PLACE[:, None] + d[None, :], inside[:, None] & (d < width)[None, :])
+    return sound
+
+
+@triton.jit
 def sound_rows(place, mask):
     """Which rows of a tile in memory are free of NaN and Inf."""
     x = tl.load(place, mask=mask, other=0.0)
@@ -155,6 +189,18 @@ def slope_of(SLOPES, batch, head, stride_b):
 
 
 @triton.jit
+def start_of_row(SINKS, head, BLOCK_M: tl.constexpr):
+    """Running maximum (base 2) and sum of a row before its first key."""
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS is not None:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+        peak = tl.zeros([BLOCK_M], tl.float32) + sink  # a NaN stays one
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return peak, total
+
+
+@triton.jit
 def sequence(batch, CU, length, tokens, batches):
     """(first token, length) of a sequence. Packed tokens after the last boundary count as sequence number `batches`."""
     if CU is None:
@@ -169,13 +215,17 @@ def sequence(batch, CU, length, tokens, batches):
 @triton.jit
 def kept_tile(seed, threshold, plane, row_start, column_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout's keep mask of a tile, bool [BLOCK_M, BLOCK_N]."""
-    return keep_columns(seed, column_start, row_start + tl.arange(0, BLOCK_M), plane, threshold, BLOCK_N)
+    return kept_rows(seed, threshold, plane, row_start + tl.arange(0, BLOCK_M), column_start, BLOCK_N)
 
 
 @triton.jit
-def blank(
-    OUT, stride, start, tile, tiles, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):  # fmt: skip
+def kept_rows(seed, threshold, plane, row, column_start, BLOCK_N: tl.constexpr):
+    """The same of any rows, [BLOCK_M]."""
+    return keep_columns(seed, column_start, row, plane, threshold, BLOCK_N)
+
+
+@triton.jit
+def blank(OUT, stride, start, tile, tiles, length, width, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zeros for packed tokens after the last boundary."""
     column = tl.arange(0, BLOCK_WIDTH)
     for first in range(tile * BLOCK, length, tiles * BLOCK):
@@ -183,5 +233,5 @@ def blank(
         tl.store(
             OUT + (start + row)[:, None] * stride + column[None, :],
             tl.zeros([BLOCK, BLOCK_WIDTH], OUT.dtype.element_ty),
-            mask=(row < length)[:, None] & (column < WIDTH)[None, :],
+            mask=(row < length)[:, None] & (column < width)[None, :],
         )

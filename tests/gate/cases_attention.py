@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from fastformer.kernels.attention.backward import attention_backward
+from fastformer.kernels.attention.bias import attention_bias_gradient
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.forward import attention_forward
+from fastformer.kernels.attention.weights import attention_weights
 
 _PLAIN: dict[str, Any] = {
     "mask": None,
@@ -47,6 +49,8 @@ def _call(dim: int, dtype: torch.dtype, kind: str) -> Call:
     elif kind == "padded":
         rules |= {"mask": _meta(batch, 1, 1, length, dtype=torch.bool).expand(batch, heads, length, length)}
         rules |= {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
+    elif kind == "biased":
+        rules |= {"mask": _meta(1, heads, length, length, dtype=dtype).expand(batch, heads, length, length)}
     elif kind == "rich":
         rules |= {"causal": True, "bottom_right": True, "left": 99, "right": 9, "softcap": 30.0, "dropout_p": 0.1}
         rules |= {"mask": _meta(1, heads, length, length, dtype=dtype).expand(batch, heads, length, length)}
@@ -58,7 +62,15 @@ def _case(dim: int, dtype: torch.dtype, kind: str) -> Callable[[], None]:
     def run() -> None:
         call = _call(dim, dtype, kind)
         out, lse = attention_forward(call)
-        attention_backward(call, out, lse, torch.empty_like(out), torch.empty_like(lse) if kind == "rich" else None)
+        grad = torch.empty_like(out)
+        *_, delta = attention_backward(call, out, lse, grad, torch.empty_like(lse) if kind == "rich" else None)
+        if kind in ("biased", "rich"):
+            attention_bias_gradient(call, lse, delta, grad, (1, *call.mask.shape[1:]), False)
+        if kind == "rich":
+            attention_bias_gradient(call, lse, delta, grad, (1, call.heads, 1, 1), True)
+            attention_weights(call, lse, _meta(9, dtype=torch.int64), False)
+        if kind in ("packed", "padded"):
+            attention_weights(call, lse, None, True)
 
     return run
 
@@ -71,6 +83,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         (64, half, "causal"),
         (64, half, "padded"),
         (64, half, "rich"),
+        (64, half, "biased"),
         (128, half, "packed"),
         (128, half, "causal"),
         (128, half, "rich"),
@@ -78,6 +91,10 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         (256, half, "causal"),
         (256, half, "rich"),
         (512, half, "causal"),
+        (512, half, "rich"),
+        (512, half, "padded"),
+        (128, single, "packed"),
+        (128, single, "rich"),
         (64, single, "rich"),
         (64, single, "causal"),
     ]

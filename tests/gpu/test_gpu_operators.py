@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import fastformer as ff
+from bench.subjects import NAMES, subjects, with_gradients
 from fastformer.ops.backend import backend_for
-from tests.gpu.subjects import NAMES, assert_no_worse, subjects, with_gradients
+from tests.gpu.subjects import assert_no_worse
 
 
 @pytest.fixture(params=NAMES)

@@ -92,7 +92,8 @@ def test_weights_of_a_row_that_sees_nothing_are_zero():
 
 
 @pytest.mark.parametrize(("dropout", "reason"), [(0.0, "weights with a gradient"), (0.3, "weights after dropout")])
-def test_weights_that_training_needs_are_stocks(dropout, reason):
+def test_weights_that_training_needs_are_stocks_on_the_cpu(dropout, reason, monkeypatch):
+    monkeypatch.setenv("FASTFORMER_BACKEND", "torch")
     stock, ours = pair(torch.nn.MultiheadAttention, fnn.MultiheadAttention, E, H, dropout=dropout)
     x = torch.randn(S, B, E)
     results = []

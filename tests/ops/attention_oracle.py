@@ -137,7 +137,7 @@ def random_case(number: int, device, dtypes, longest: int = 70) -> Case:
         options["softcap"] = pick.choice([1.0, 5.0, 30.0])
     if pick.random() < 0.2:
         shape = pick.choice([(heads,), (batch, heads)])
-        extras["alibi_slopes"] = torch.rand(shape, generator=generator).to(device)
+        tensors["alibi_slopes"] = torch.rand(shape, generator=generator).to(device)
     if pick.random() < 0.2:
         tensors["sinks"] = torch.randn(heads, generator=generator).to(device)
     if pick.random() < 0.3:
@@ -192,6 +192,8 @@ def gradient_terms(case: Case, grad: Tensor) -> dict[str, float]:
         "key": dp * scale * query.abs().max().item(),
         "attn_mask": dp,
         "sinks": dp,
+        # As above, times the distances.
+        "alibi_slopes": dp * max(query.shape[-2], key.shape[-2]),
     }
 
 

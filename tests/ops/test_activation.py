@@ -1,6 +1,7 @@
 """Activations with bias, gate, dropout and residual."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -118,6 +119,39 @@ def test_bad_arguments(device):
         bias_dropout_add(x, None, x[0])
     with pytest.raises(ValueError, match="dropout_p must be between"):
         bias_dropout_add(x, None, x, -0.1)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+def test_slope_keeps_its_digits(kind, device, monkeypatch):
+    """Where the sigmoid is near 1, 1 - sigmoid has none left: GELU's tanh form lost nine ulps there."""
+    x = torch.linspace(-9, 9, 4001, device=device)
+    if kind == "gelu":
+        compare(lambda input: bias_gelu(input, approximate="tanh"), {"input": x}, monkeypatch)
+    else:
+        compare(lambda gate: swiglu(gate, torch.ones_like(gate)), {"gate": x}, monkeypatch)
+
+
+def test_second_derivative(device):
+    """A gradient penalty, against stock in float64; the gate of `geglu` depends on `up`."""
+    generator = torch.Generator().manual_seed(3)
+    x, b, r = (torch.randn(s, generator=generator).to(device) for s in ((4, 9), (9,), (4, 9)))
+
+    def ours(x, b, r):
+        return bias_dropout_add(geglu(x * r, r), b, swiglu(bias_gelu(x, b), r))
+
+    def stock(x, b, r):
+        return F.gelu(x * r) * r + b + F.silu(F.gelu(x + b)) * r
+
+    def penalty(call, *leaves):
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        first = torch.autograd.grad(call(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = penalty(ours, x, b, r)
+    for a, e in zip(found, penalty(stock, x.double(), b.double(), r.double()), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
 
 
 def test_full_route(device, interpreting):

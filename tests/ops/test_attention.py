@@ -34,7 +34,6 @@ def check_dense(case):
             **tensors,
             attn_mask=attn_mask,
             options=case.options,
-            alibi_slopes=case.extras.get("alibi_slopes"),
             keep=keep,
         )
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastformer.ops.attention import (
     attention_kv_cache,
+    attention_varlen,
     attention_weights,
     merge_attention,
     scaled_dot_product_attention,
@@ -123,3 +125,58 @@ def test_second_derivative(device, monkeypatch):
     monkeypatch.setenv("FASTFORMER_BACKEND", "torch")
     for a, b in zip(ours, second(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def packed_leaves(device):
+    generator = torch.Generator().manual_seed(2)
+    bounds = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
+    leaves = [torch.randn(14, 2, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    return leaves, (bounds, bounds, 7, 7)
+
+
+@pytest.mark.filterwarnings("ignore:fastformer")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_second_derivative_of_packed_attention(is_causal, device):
+    leaves, bounds = packed_leaves(device)
+
+    def second(**options):
+        result = attention_varlen(*leaves, *bounds, is_causal=is_causal, **options)
+        out = result[0] if options else result
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    # With the LSE asked for, the CPU computes by the reference from the start.
+    for a, b in zip(second(), second(return_lse=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivative_of_dropout_needs_its_seed(device, interpreting):
+    if interpreting or device.type != "cpu":
+        pytest.skip("the kernels always have a seed")
+    leaves, bounds = packed_leaves(device)
+    out = attention_varlen(*leaves, *bounds, dropout_p=0.5)
+    with pytest.raises(RuntimeError, match="only with a dropout_seed"):
+        torch.autograd.grad(out.sum(), leaves, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:fastformer")
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_mode_derivative(packed, device):
+    """The Jacobian's product with a direction, against a difference in float64 steps."""
+    leaves, bounds = packed_leaves(device)
+    if not packed:
+        leaves = [x.detach()[:12].reshape(2, 6, 2, 8).transpose(1, 2) for x in leaves]
+    leaves = [x.detach() for x in leaves]
+    steps = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).to(device) for i, x in enumerate(leaves)]
+
+    def call(*x):
+        return attention_varlen(*x, *bounds, is_causal=True) if packed else scaled_dot_product_attention(*x)
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, s) for x, s in zip(leaves, steps, strict=True)]
+        tangent = forward_ad.unpack_dual(call(*duals)).tangent
+    _, by_functorch = torch.func.jvp(call, tuple(leaves), tuple(steps))
+    with torch.no_grad():
+        ahead, behind = (call(*(x + h * s for x, s in zip(leaves, steps, strict=True))) for h in (1e-2, -1e-2))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-2, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(by_functorch, tangent)

@@ -44,7 +44,8 @@ def packed_case(number, device, dtypes):
     if pick.random() < 0.2:
         options["softcap"] = 5.0
     if pick.random() < 0.2:
-        extras["alibi_slopes"] = torch.rand(pick.choice([(heads,), (count, heads)]), generator=generator).to(device)
+        slopes = torch.rand(pick.choice([(heads,), (count, heads)]), generator=generator)
+        tensors["alibi_slopes"] = slopes.to(device)
     if pick.random() < 0.2:
         tensors["sinks"] = torch.randn(heads, generator=generator).to(device)
     if pick.random() < 0.3:
@@ -52,15 +53,25 @@ def packed_case(number, device, dtypes):
         extras["dropout_seed"] = torch.tensor([number * 31 - 5], device=device)
     bounds_q, bounds_k = boundaries(lengths_q, device), boundaries(lengths_k, device)
     longest = max(lengths_q, default=0) + pick.choice([0, 5]), max(lengths_k, default=0)
+    if pick.random() < 0.4:
+        shape = [pick.choice([1, size]) for size in (count, heads, *longest)]
+        mask = torch.randn(shape, generator=generator).masked_fill(
+            torch.rand(shape, generator=generator) < 0.2, -math.inf
+        )
+        if pick.random() < 0.4:
+            extras["attn_mask"] = (mask > 0).to(device)
+        else:
+            tensors["attn_mask"] = mask.to(device, dtype)
 
     def ours(**leaves):
         return attention_varlen(
             leaves.pop("query"), leaves.pop("key"), leaves.pop("value"), bounds_q, bounds_k, *longest,
-            **leaves, **extras, **options, return_lse=True,
+            **extras, **leaves, **options, return_lse=True,
         )  # fmt: skip
 
-    def theirs(query, key, value, sinks=None):
+    def theirs(query, key, value, sinks=None, alibi_slopes=None, attn_mask=extras.get("attn_mask")):
         outs, lses = [], []
+        wide_mask = None if attn_mask is None else attn_mask.expand(count, heads, *longest)
         for i in range(count):
             a, b = sum(lengths_q[:i]), sum(lengths_q[: i + 1])
             c, d = sum(lengths_k[:i]), sum(lengths_k[: i + 1])
@@ -69,11 +80,12 @@ def packed_case(number, device, dtypes):
                 plane = (torch.arange(heads) + i * heads).view(1, heads, 1, 1)
                 row, column = torch.arange(b - a).view(-1, 1), torch.arange(d - c)
                 keep = philox_keep(number * 31 - 5, column, row, plane, options["dropout_p"], draws=4).to(device)
-            slopes = extras.get("alibi_slopes")
+            slopes = alibi_slopes
             if slopes is not None and slopes.ndim == 2:
                 slopes = slopes[i]
+            mask = None if wide_mask is None else wide_mask[i : i + 1, :, : b - a, : d - c]
             one = [x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d])]
-            out, lse = oracle(*one, options=options, sinks=sinks, alibi_slopes=slopes, keep=keep)
+            out, lse = oracle(*one, mask, options=options, sinks=sinks, alibi_slopes=slopes, keep=keep)
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0].transpose(0, 1))
         outs.append(query[tokens_q - slack :] * 0)

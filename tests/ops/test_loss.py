@@ -1,6 +1,7 @@
 """Cross-entropy and linear_cross_entropy."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -225,6 +226,33 @@ def test_bad_arguments(device):
         linear_cross_entropy(x, torch.ones(5, 7, device=device), t)
     with pytest.raises(TypeError, match="weight and bias must be"):
         linear_cross_entropy(x, torch.ones(5, 8, device=device).half(), t)
+
+
+def test_second_derivative(device, interpreting):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 9, generator=generator).to(device)
+    target = torch.tensor([1, 8, -100, 0, 3], device=device)
+
+    def penalty(call, x):
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(call(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    def ours(x):
+        return cross_entropy(x, target, label_smoothing=0.1, z_loss=0.01)
+
+    def stock(x):
+        lse = x.logsumexp(-1)[target != -100]
+        return F.cross_entropy(x, target, label_smoothing=0.1) + 0.01 * lse.square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = penalty(ours, x)
+    torch.testing.assert_close(found.double(), penalty(stock, x.double()), rtol=1e-4, atol=1e-5)
+    leaf = torch.randn(5, 4, device=device, requires_grad=True)
+    loss = linear_cross_entropy(leaf, x[:, :4].clone(), target.clamp(0, 4))
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 def test_full_route(device, interpreting):

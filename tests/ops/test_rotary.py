@@ -46,8 +46,8 @@ def random_case(number, device, dtypes):
         cos, sin = cos[rows_of], sin[rows_of]
     interleaved = pick.random() < 0.5
 
-    def call(query, key=None):
-        turned = rotary_embedding(query, key, cos, sin, position, interleaved=interleaved)
+    def call(query, key=None, inplace=False):
+        turned = rotary_embedding(query, key, cos, sin, position, interleaved=interleaved, inplace=inplace)
         return turned if key is not None else turned[0]
 
     return call, tensors
@@ -130,6 +130,77 @@ def test_bad_arguments(device):
         rotary_embedding(x, None, cos.clone().requires_grad_(), sin)
 
 
+@pytest.mark.parametrize("number", range(100, 116))
+def test_in_place_is_the_same(number, device, interpreting):
+    """Bits, gradients and objects: what comes back is what went in, and no other element of its buffer changed."""
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    pick = random.Random(number)
+    call, tensors = random_case(number, device, dtypes)
+    leaves = {k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for k, v in tensors.items()}
+    expected = call(**leaves)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    sent = [torch.randn_like(e) for e in expected]
+    wanted = torch.autograd.grad(expected, list(leaves.values()), sent)
+
+    with torch.no_grad():
+        buffers = {k: v.detach().clone(memory_format=torch.preserve_format) for k, v in tensors.items()}
+        turned = call(**buffers, inplace=True)
+        turned = turned if isinstance(turned, tuple) else (turned,)
+    for ours, result, buffer in zip(turned, expected, buffers.values(), strict=True):
+        assert ours is buffer
+        assert torch.equal(ours, result)
+
+    # A result of another operation, behind a view half of the time.
+    again = {k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for k, v in tensors.items()}
+    inner = {k: (v * 1.0).flatten(-2).unflatten(-1, v.shape[-2:]) if pick.random() < 0.5 else v * 1.0
+             for k, v in again.items()}  # fmt: skip
+    turned = call(**inner, inplace=True)
+    turned = turned if isinstance(turned, tuple) else (turned,)
+    for ours, result in zip(turned, expected, strict=True):
+        assert torch.equal(ours, result)
+    for ours, theirs in zip(torch.autograd.grad(turned, list(again.values()), sent), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3 if theirs.dtype != torch.float32 else 1e-6, atol=1e-6)
+
+
+def test_in_place_halves_of_one_projection(device):
+    joint = torch.randn(2, 5, 3, 4, 16, device=device)
+    cos, sin = tables(5, 8, device)
+    expected = [x.clone() for x in rotary_embedding(joint[:, :, 0], joint[:, :, 1], cos, sin)]
+    value = joint[:, :, 2].clone()
+    query, key = (joint[:, :, i] for i in (0, 1))
+    with torch.no_grad():
+        rotary_embedding(query, key, cos, sin, inplace=True)
+    assert torch.equal(query, expected[0])
+    assert torch.equal(key, expected[1])
+    assert torch.equal(joint[:, :, 2], value)
+
+
+def test_in_place_refuses(device):
+    x, (cos, sin) = torch.randn(2, 5, 3, 16, device=device), tables(5, 8, device)
+    with pytest.raises(ValueError, match="query must not be a leaf that requires a gradient with inplace=True"):
+        rotary_embedding(x.clone().requires_grad_(), None, cos, sin, inplace=True)
+    with pytest.raises(ValueError, match="key must hold every element once with inplace=True"):
+        rotary_embedding(x, x[:, :, :1].clone().expand(2, 5, 3, 16), cos, sin, inplace=True)
+    for key in (x, x[:, :, 1:], x.flatten()[8:].as_strided((2, 5, 2, 16), x.stride())):
+        with pytest.raises(ValueError, match="query and key must not share memory with inplace=True"):
+            rotary_embedding(x, key, cos, sin, inplace=True)
+    assert rotary_embedding(x[:, :, :1], x[:, :, 1:], cos, sin, inplace=True)[1].shape == (2, 5, 2, 16)
+
+
+def test_in_place_is_seen_by_autograd(device):
+    """Another operation saved what is overwritten: its backward must fail, not use the new values."""
+    x = torch.randn(1, 5, 3, 16, device=device, requires_grad=True)
+    inner = x * 2.0
+    squared = inner.square()
+    rotary_embedding(inner, None, *tables(5, 8, device), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    with torch.no_grad():
+        before = inner._version
+        rotary_embedding(inner, None, *tables(5, 8, device), inplace=True)
+        assert inner._version > before
+
+
 def test_full_route(device, interpreting):
     if not interpreting and device.type == "cpu":
         pytest.skip("the CPU backend registers no operator")
@@ -145,7 +216,8 @@ def test_compile(device):
 
     def step(q, k):
         a, b = rotary_embedding(q, k, cos, sin, interleaved=True)
-        return (a * b).sum()
+        c, _ = rotary_embedding(q * 1.0, None, cos, sin, inplace=True)
+        return (a * b * c).sum()
 
     eager = torch.autograd.grad(step(q, k), (q, k))
     compiled = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(q, k), (q, k))

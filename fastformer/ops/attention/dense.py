@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
         window: (left, right), how many keys are visible on either side of i (+ Sk - Sq for "bottom-right"); None or -1
             for no limit.
         softcap: scores become softcap * tanh(scores / softcap).
-        alibi_slopes: (H,) or (B, H).
+        alibi_slopes: (H,) or (B, H); get a gradient.
         sinks: (H,), one more logit in every row's denominator (gpt-oss).
         return_lse: also return the log-sum-exp of every row's scores (sinks included), (B, H, Sq) in fp32,
             differentiable; -inf where a row has nothing to attend to.
@@ -102,8 +102,7 @@ def scaled_dot_product_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backend_for(query.device) == "triton":
-        grad = torch.is_grad_enabled()
-        reason = kernel.why_not(query, value, options, attn_mask, alibi_slopes, grad)
+        reason = kernel.why_not(query, value, key, attn_mask, alibi_slopes, sinks)
         if reason is None:
             if dropout_seed is None and options.dropout_p:
                 dropout_seed = draw_seed(query.device)
@@ -113,7 +112,9 @@ def scaled_dot_product_attention(
             return (out, lse) if return_lse else out
         kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
-    if not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask):
+    stock = not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask)
+    # PyTorch's fused operators have no forward-mode derivative.
+    if stock and not kernel.has_tangent(query, key, value, attn_mask):
         return _stock(query, key, value, options, attn_mask)
     out, lse = attention_reference(query, key, value, options, attn_mask, *extras)
     return (out, lse) if return_lse else out

@@ -7,45 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastformer.ops.attention.options import MAX_HEAD_DIM, Options
+from fastformer.ops.attention.options import Options
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.attention.reference import attention_reference
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.operator import Kernel, Operator, differentiate
 from fastformer.ops.random import dropout_threshold
 from fastformer.ops.validate import FLOATS
 
 _warned: set[str] = set()
 
 
-def why_not(
-    query: Tensor,
-    value: Tensor,
-    options: Options,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    grad: bool,
-) -> str | None:
+def why_not(query: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot take this call, None if they can.
 
     Args:
-        grad: whether a derivative may be asked for.
+        others: the call's other floating-point tensors.
     """
-    head_dim = max(query.shape[-1], value.shape[-1])
     if query.dtype not in FLOATS:
         return f"{query.dtype} inputs"
-    # The tables of fastformer.kernels.attention.config end there.
-    widest = MAX_HEAD_DIM if query.dtype != torch.float32 else 64
-    if head_dim > widest or min(query.shape[-1], value.shape[-1]) < 1:
-        return f"a head dimension of {head_dim} in {query.dtype}"
-    ruled = attn_mask is not None or alibi_slopes is not None or options.has_window or options.bottom_right
-    if head_dim > 256 and (ruled or options.dropout_p or options.softcap):
-        return f"a head dimension of {head_dim} with more rules than top-left causal"
-    if grad and attn_mask is not None and attn_mask.requires_grad:
-        return "the gradient of attn_mask"
-    if grad and alibi_slopes is not None and alibi_slopes.requires_grad:
-        return "the gradient of alibi_slopes"
+    if min(query.shape[-1], value.shape[-1]) < 1:
+        return "a head dimension of 0"
+    if has_tangent(query, value, *others):
+        return "a forward-mode derivative"
     return None
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a forward-mode derivative is being taken through one of these tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def say_once(reason: str) -> None:
@@ -80,7 +73,7 @@ def run(
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
     if sinks is not None:
@@ -108,9 +101,17 @@ def run(
     return out, lse if cu_q is None else lse.t()
 
 
-def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
+def make_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
     from fastformer.kernels.attention.call import Call
 
+    query, key, _, cu_q, _, max_q, max_k, mask, *extras = tensors
+    if mask is not None:
+        # Only here, so that the gradient has the shape that was given.
+        packed = cu_q is not None
+        batch = cu_q.shape[0] - 1 if packed else query.shape[0]
+        lengths = (max_q, max_k) if packed else (query.shape[2], key.shape[2])
+        mask = mask.expand(batch, query.shape[1], *lengths)
+        tensors = (*tensors[:7], mask, *extras)
     dropout_p, *rest = numbers
     arguments: list[Any] = [*tensors, dropout_p, dropout_threshold(dropout_p), *rest]
     return Call(*arguments)
@@ -139,7 +140,9 @@ def _forward(
     from fastformer.kernels.attention.forward import attention_forward
 
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
-    return attention_forward(_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers))
+    return attention_forward(
+        make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
+    )
 
 
 def _like(x: Tensor, packed: bool, last: int) -> Tensor:
@@ -182,7 +185,7 @@ def _backward(
     from fastformer.kernels.attention.backward import attention_backward
 
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
-    call = _call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
+    call = make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
     return attention_backward(call, out, lse, grad_out, grad_lse)
 
 
@@ -195,6 +198,49 @@ def _fake_backward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | Non
 _backward_kernel = Kernel("attention_backward", _backward, _fake_backward)
 
 
+def _bias_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    of_slopes: bool,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    causal: bool,
+    scale: float,
+    bottom_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+) -> Tensor:
+    """Gradient of mask, or with of_slopes of slopes."""
+    from fastformer.kernels.attention.bias import attention_bias_gradient
+
+    numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
+    call = make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, None, seed), numbers)
+    source = slopes if of_slopes else mask
+    assert source is not None
+    batch = source.shape[0] if source.ndim > 1 else 1
+    shape = (batch, source.shape[-1], 1, 1) if of_slopes else tuple(source.shape)
+    return attention_bias_gradient(call, lse, delta, grad_out, shape, of_slopes).view(source.shape)
+
+
+def _fake_bias_gradient(*args: Any) -> Tensor:
+    source = args[6] if args[11] else args[5]
+    return source.new_empty(source.shape)
+
+
+_bias_kernel = Kernel("attention_bias_gradient", _bias_gradient, _fake_bias_gradient)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed, *numbers = inputs
     ctx.save_for_backward(query, key, value, cu_q, cu_k, mask, slopes, sinks, seed, *output)
@@ -204,7 +250,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _run_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    sinks, out, lse = tensors[7], tensors[9], tensors[10]
+    *inputs, sinks, seed, out, lse = tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:
@@ -218,28 +264,30 @@ def _run_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) ->
         shape[head_axis] = -1
         share = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float().view(shape) - lse) * delta)
         dsinks = -share.sum([a for a in range(lse.ndim) if a != head_axis]).to(sinks.dtype)
-    return dq, dk, dv, *[None] * 6, dsinks, *[None] * 8  # in the order of `_forward`'s arguments
+    dmask, dslopes = (
+        _bias_kernel(*inputs, seed, lse, delta, grad_out, of_slopes, *ctx.numbers) if wanted else None
+        for of_slopes, wanted in ((False, ctx.needs_input_grad[7]), (True, ctx.needs_input_grad[8]))
+    )
+    return dq, dk, dv, *[None] * 4, dmask, dslopes, dsinks, *[None] * 8  # in the order of `_forward`'s arguments
 
 
 def _run_second(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The first derivative again, from PyTorch's operations, so that it has a derivative of its own."""
-    say_once("a second derivative")
     query, key, value, cu_q, cu_k, mask, slopes, sinks, seed, _out, _lse = ctx.saved_tensors
     max_q, max_k, *numbers = ctx.numbers
     options = Options(*numbers)
-    if cu_q is None:
-        out, lse = attention_reference(query, key, value, options, mask, slopes, sinks, seed)
-    else:
-        out, lse = varlen_reference(query, key, value, cu_q, cu_k, max_q, max_k, options, slopes, sinks, seed)
-        lse = lse.t()
-    inputs = [query, key, value] + ([sinks] if sinks is not None else [])
-    wanted = [x for x in inputs if x.requires_grad]
-    pairs = [(o, g) for o, g in ((out, grad_out), (lse, grad_lse)) if g is not None]
-    outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    by_input = [next(found) if x.requires_grad else None for x in inputs]
-    dsinks = by_input[3] if sinks is not None else None
-    return *by_input[:3], *[None] * 6, dsinks, *[None] * 8
+
+    def reference(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if cu_q is None:
+            return attention_reference(query, key, value, options, mask, slopes, sinks, seed)
+        out, lse = varlen_reference(query, key, value, cu_q, cu_k, max_q, max_k, options, mask, slopes, sinks, seed)
+        return out, lse.t()
+
+    tensors = (query, key, value, mask, slopes, sinks)
+    dq, dk, dv, *extras = differentiate("attention", reference, tensors, (grad_out, grad_lse))
+    return dq, dk, dv, *[None] * 4, *extras, *[None] * 8
 
 
 attention = Operator("attention", _forward, _fake, _setup, _run_backward, _run_second)

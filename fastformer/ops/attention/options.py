@@ -16,6 +16,7 @@ logit in the softmax's denominator, without a value. Dropout acts on the probabi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from fastformer.ops.validate import check_probability, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OPEN = -1  # a side of the window without a limit
-MAX_HEAD_DIM = 512
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,50 @@ def check_mask(attn_mask: Tensor | None, query: Tensor, shape: tuple[int, int, i
     padded = (1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape)
     if not 2 <= attn_mask.ndim <= 4 or any(m not in (1, s) for m, s in zip(padded, shape, strict=True)):
         raise ValueError(f"attn_mask must be 2-D to 4-D and broadcast to {shape}, got {tuple(attn_mask.shape)}")
+
+
+def check_boundaries(
+    query: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> int:
+    """Check shapes and dtypes of packed sequences' boundaries; returns the number of sequences.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
+    """
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, cu, ndim=1, dtypes=(torch.int32,), device=query.device)
+        if cu.shape[0] < 1:
+            raise ValueError(f"{name} must hold B + 1 boundaries, got none")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must bound as many sequences as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
+            f"got {cu_seqlens_k.shape[0] - 1}"
+        )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, Tensor) or longest < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {longest!r}")
+    return cu_seqlens_q.shape[0] - 1
+
+
+def check_boundary_values(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """Check the boundaries' values where reading them does not wait for a device: on the CPU, in eager mode.
+
+    Raises:
+        ValueError: they do not fit the tensors or the longest lengths.
+    """
+    if query.device.type != "cpu" or type(cu_seqlens_q) is not Tensor or torch.compiler.is_compiling():
+        return
+    for which, cu, longest, tokens in (
+        ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
+        ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
+    ):
+        bounds = cu.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{which} must start at 0, never fall, and end within {tokens} tokens, got {bounds}"
+            )
+        if max(lengths, default=0) > longest:
+            raise ValueError(f"max_seqlen_{which} must be at least the longest sequence, {max(lengths)}, got {longest}")

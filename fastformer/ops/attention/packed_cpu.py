@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.ops.operator import Kernel, Operator
+from fastformer.ops.attention.options import OPEN, Options
+from fastformer.ops.attention.packed_reference import varlen_reference
+from fastformer.ops.operator import Kernel, Operator, differentiate
 
 _SCRATCH_BYTES = 32 << 20
 # Dropout draws 16 bits an element: four from every 64-bit number of PyTorch's generator.
@@ -197,4 +199,22 @@ def _run_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     return *_backward_kernel(grad, *tensors, masks, *ctx.numbers), *[None] * 7
 
 
-packed_cpu = Operator("attention_packed_cpu", _forward, _fake, _setup, _run_backward)
+def _second(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    query, key, value, cu_q, cu_k, _masks, _seed = ctx.saved_tensors
+    p, is_causal, bottom_right, scale = ctx.numbers
+    if p:
+        raise RuntimeError(
+            "packed attention with dropout has a second derivative (create_graph=True) only with a dropout_seed, "
+            "got None"
+        )
+    longest = (int(cu.diff().max()) if len(cu) > 1 else 0 for cu in (cu_q, cu_k))
+    arguments = (cu_q, cu_k, *longest, Options(0.0, is_causal, scale, bottom_right, OPEN, OPEN, 0.0))
+
+    def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return varlen_reference(query, key, value, *arguments)[0]
+
+    found = differentiate("attention_packed_cpu", reference, (query, key, value), (grad,))
+    return *found, *[None] * 7
+
+
+packed_cpu = Operator("attention_packed_cpu", _forward, _fake, _setup, _run_backward, _second)

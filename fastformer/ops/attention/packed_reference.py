@@ -18,11 +18,15 @@ def varlen_reference(
     max_seqlen_q: int,
     max_seqlen_k: int,
     options: Options,
+    attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_reference` over packed sequences, by way of padded ones; no host read of the boundaries.
+
+    Args:
+        attn_mask: broadcasts to (B, H, max_seqlen_q, max_seqlen_k), by places within the sequences.
 
     Returns:
         output (T, H, Dv) and LSE (T, H).
@@ -35,21 +39,29 @@ def varlen_reference(
         return nothing.expand(-1, -1, value.shape[2]), query.new_full(
             (tokens_q, heads), -torch.inf, dtype=torch.float32
         )
-    padded_q = _pad(query, cu_seqlens_q, max_seqlen_q)
-    padded_k, padded_v = _pad(key, cu_seqlens_k, max_seqlen_k), _pad(value, cu_seqlens_k, max_seqlen_k)
+    padded_q = pad_packed(query, cu_seqlens_q, max_seqlen_q)
+    padded_k, padded_v = pad_packed(key, cu_seqlens_k, max_seqlen_k), pad_packed(value, cu_seqlens_k, max_seqlen_k)
     out, lse = attention_reference(
-        padded_q, padded_k, padded_v, options, None, alibi_slopes, sinks, dropout_seed, lengths_q, lengths_k
+        padded_q, padded_k, padded_v, options, attn_mask, alibi_slopes, sinks, dropout_seed, lengths_q, lengths_k
     )
-    token = torch.arange(tokens_q, device=query.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True)
-    inside = (sequence < lengths_q.numel()).view(-1, 1)
-    sequence = sequence.clamp(max=max(0, lengths_q.numel() - 1))
-    place = (token - cu_seqlens_q[sequence]).clamp(max=max_seqlen_q - 1)
-    flat_out = torch.where(inside.unsqueeze(-1), out[sequence, :, place], 0.0)
-    return flat_out, torch.where(inside, lse[sequence, :, place], -torch.inf)
+    return (
+        unpad_packed(out, cu_seqlens_q, tokens_q, 0.0),
+        unpad_packed(lse.unsqueeze(-1), cu_seqlens_q, tokens_q, -torch.inf).squeeze(-1),
+    )
 
 
-def _pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+def unpad_packed(x: Tensor, cu_seqlens: Tensor, tokens: int, behind: float) -> Tensor:
+    """(B, H, longest, D) -> (T, H, D), `behind` for tokens after the last boundary; B and longest at least 1."""
+    batch, _, longest, _ = x.shape
+    token = torch.arange(tokens, device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    inside = (sequence < batch).view(-1, 1, 1)
+    sequence = sequence.clamp(max=batch - 1)
+    place = (token - cu_seqlens[sequence]).clamp(max=longest - 1)
+    return torch.where(inside, x[sequence, :, place], behind)
+
+
+def pad_packed(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """(T, H, D) -> (B, H, longest, D), zeros behind each sequence."""
     start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     index = start + torch.arange(longest, device=x.device)

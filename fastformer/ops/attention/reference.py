@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.attention.options import OPEN, Options
-from fastformer.ops.random import philox_keep
+from fastformer.ops.random import keep_scale, philox_keep
 
 
 def attention_reference(
@@ -47,9 +47,9 @@ def attention_reference(
     if key.shape[1] != heads:
         groups = heads // key.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    q, bad_q = _finite(q)
-    k, bad_k = _finite(k)
-    v, bad_v = _finite(v)
+    q, bad_q = finite(q)
+    k, bad_k = finite(k)
+    v, bad_v = finite(v)
 
     scores = attention_scores(
         q, k, options, attn_mask, alibi_slopes, query_lengths, key_lengths, poison=(bad_q, bad_k | bad_v)
@@ -141,14 +141,10 @@ def hidden_places(
     return hidden
 
 
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
+def finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x with 0 for what is not finite, which rows hold such elements)."""
     good = torch.isfinite(x)
     return torch.where(good, x, 0.0), ~good.all(-1, keepdim=True)
-
-
-def keep_scale(p: float) -> float:
-    """What a kept probability is multiplied by; nothing is kept at p = 1."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def _drop(weights: Tensor, p: float, seed: Tensor | None) -> Tensor:

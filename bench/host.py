@@ -1,0 +1,190 @@
+"""Host cost of every public operator: microseconds of Python, PyTorch and Triton an eager call, kernels excluded.
+
+- Without a GPU a stand-in takes the place of Triton's driver and of its compiled kernels: launchers choose for an
+  H200's target, look up and launch as ever, and the launch itself does nothing. What is left out is the kernel launcher
+  in C, the CUDA allocator (a CPU tensor is allocated instead) and the hop to autograd's device thread, once a backward.
+- With a GPU (stage host-cost of `make gpu`) the same calls run on it with tensors of a few rows, so that the device
+  keeps up and the clock sees the host.
+- One call's graph costs a fixed price to start autograd's engine, which a training step pays once and not once an
+  operator. It is measured on an empty Function, alone and in a chain, and taken off every backward figure.
+- CPU time of the process, the least of many rounds, all subjects in turn: other work on the machine moves it little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.subjects import Subject, subjects
+
+LINKS = 16
+CALLS, ROUNDS = 20, 40
+
+
+class Empty(torch.autograd.Function):
+    """What any operator with a backward in Python pays: a result, two saved tensors, a gradient for each input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@contextlib.contextmanager
+def stand_in(name: str = "sm_90") -> Iterator[None]:
+    """Inside, CPU tensors take the kernels' path as on the GPU `name`; nothing is compiled or run."""
+    from triton.compiler import CompiledKernel
+
+    from bench.standin import standing_in
+
+    # All of them before: what is imported inside would be made for the interpreter.
+    for package in ("fastformer.ops", "fastformer.kernels"):
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
+    functions = []
+
+    def compile_nothing(source: Any, **_: Any) -> CompiledKernel:
+        functions.append(source.fn)
+        kernel = object.__new__(CompiledKernel)
+        kernel.src, kernel.module, kernel.function, kernel.packed_metadata = source, object(), object(), object()
+        kernel.name, kernel._run = "nothing", lambda *args: None
+        return kernel
+
+    try:
+        with mock.patch("triton.compiler.compile", compile_nothing), standing_in(name, record=False):
+            yield
+    finally:
+        for function in functions:
+            function.device_caches.clear()
+
+
+def measure(
+    names: list[str] | None = None, rounds: int = ROUNDS, device: torch.device | None = None
+) -> dict[str, dict[str, float]]:
+    """Microseconds a call of every subject.
+
+    Args:
+        names: of `bench.subjects`; None: all.
+        device: None or a CPU: through the stand-in.
+
+    Returns:
+        {name: {"inference", "forward", "both", "stock_forward", "stock_both"}}: under no_grad; with a graph; forward
+        and backward; and the last two for PyTorch's operators, whose kernels count on a CPU. "floor" is the empty
+        Function, and its "engine" what was taken off every backward figure.
+    """
+    where = device or torch.device("cpu")
+    inside: Callable[[], Any] = stand_in if where.type == "cpu" else contextlib.nullcontext
+    chosen = {k: s for k, s in subjects(True, where).items() if names is None or k in names}
+    leaves = {k: s.draw(where, torch.float32) for k, s in chosen.items()}
+    ours: dict[tuple[str, str], Callable[[], object]] = {}
+    stock: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, subject in chosen.items():
+        for calls, function, prefix in ((ours, subject.operator, ""), (stock, subject.reference, "stock_")):
+            if prefix and subject.random:
+                continue
+            _add(calls, name, prefix, subject, function, leaves[name])
+    floor = [torch.randn(shape, device=where, requires_grad=True) for shape in ((19, 48), (48,), (48,))]
+    pairs = [[t.detach().clone().requires_grad_() for t in floor[1:]] for _ in range(LINKS)]
+    ours["floor", "forward"] = functools.partial(Empty.apply, *floor)
+    ours["floor", "single"] = functools.partial(_both, Empty.apply, floor, torch.ones_like(floor[0]))
+    ours["floor", "chain"] = functools.partial(_chain, floor[0], pairs, torch.ones_like(floor[0]))
+    best: dict[tuple[str, str], float] = {}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            with inside():
+                _round(ours, best)
+            _round(stock, best)
+    finally:
+        gc.enable()
+    chain = best.pop(("floor", "chain")) / LINKS
+    engine = best.pop(("floor", "single")) - chain
+    found: dict[str, dict[str, float]] = {"floor": {"both": chain, "engine": engine}}
+    for (name, kind), value in best.items():
+        found.setdefault(name, {})[kind] = value - (engine if kind.endswith("both") else 0.0)
+    return found
+
+
+def _add(
+    calls: dict[tuple[str, str], Callable[[], object]],
+    name: str,
+    prefix: str,
+    subject: Subject,
+    function: Callable[..., Any],
+    leaves: list[Tensor],
+) -> None:
+    if not prefix:
+        calls[name, "inference"] = functools.partial(_inference, function, leaves)
+    if subject.differentiable:
+        calls[name, f"{prefix}forward"] = functools.partial(function, *leaves)
+        result = subject.reference(*leaves)
+        sent = [torch.ones_like(part) for part in (result if isinstance(result, tuple) else (result,))]
+        calls[name, f"{prefix}both"] = functools.partial(_both, function, leaves, sent)
+
+
+def _inference(function: Callable[..., Any], leaves: list[Tensor]) -> None:
+    with torch.no_grad():
+        function(*leaves)
+
+
+def _both(function: Callable[..., Any], leaves: list[Tensor], sent: Any) -> None:
+    torch.autograd.grad(function(*leaves), leaves, sent)
+
+
+def _chain(x: Tensor, pairs: list[list[Tensor]], sent: Tensor) -> None:
+    y = x
+    for pair in pairs:
+        y = Empty.apply(y, *pair)
+    torch.autograd.grad(y, [x, *(t for pair in pairs for t in pair)], sent)
+
+
+def _round(calls: dict[tuple[str, str], Callable[[], object]], best: dict[tuple[str, str], float]) -> None:
+    for key, call in calls.items():
+        call()
+        start = time.process_time()
+        for _ in range(CALLS):
+            call()
+        taken = (time.process_time() - start) / CALLS * 1e6
+        best[key] = min(best.get(key, taken), taken)
+
+
+def main() -> int:
+    """Measure on the CPU, through the stand-in, into the file that `fastformer bench report` reads."""
+    from bench.gpu.machine import this_machine
+    from bench.gpu.results import Results
+
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="host cost of every operator on the CPU")
+    parser.add_argument("folder", type=Path, help="where host-cost.json goes, for fastformer bench report")
+    parser.add_argument("--only", action="append", help="one operator (repeatable)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = Results("host-cost", arguments.folder, this_machine(), fresh=True)
+    for name, row in measure(arguments.only).items():
+        kept.add(name, {"host_us": row})
+        print(f"{name:28s}", "  ".join(f"{kind} {value:6.1f}" for kind, value in row.items()))
+    kept.complete = True
+    kept.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
