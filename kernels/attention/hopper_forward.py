@@ -1,7 +1,7 @@
 """Forward pass of attention for Hopper, after FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608), in Gluon.
 
-- One program takes 128 query rows of one head. Two consumers of four warps hold 64 rows each; a producer of one warp
-  brings keys and values by TMA into a ring of shared memory and needs almost no registers.
+- One program takes 128 query rows of one head. Two consumers of four warps hold 64 rows each; a producer brings keys
+  and values by TMA into a ring of shared memory, needs almost no registers, and stores the output at the end.
 - A consumer issues the product of the next keys before the softmax of these, so that the tensor cores work while it
   does: at most one product is waited for at a time.
 - Keys are walked from the last tile to the first: tiles at the edge of the causal band or at the end of the sequence

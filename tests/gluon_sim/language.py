@@ -20,7 +20,6 @@ class State:
 
     machine: Machine
     program = 0
-    programs = 0
     written: ClassVar[dict[int, torch.Tensor]] = {}  # by address of a tensor: the program that wrote each element
 
 
@@ -46,7 +45,6 @@ class Function:
         return lambda *args, **kwargs: self._launch(grid, args, kwargs)
 
     def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        State.programs = grid[0]
         State.written.clear()
         options = {"num_warps", "maxnreg", "num_stages"}
         given = {name: value for name, value in kwargs.items() if name not in options}
@@ -291,7 +289,6 @@ def _namespace() -> SimpleNamespace:
         static_range=range,
         static_assert=lambda *_: None,
         program_id=lambda axis: torch.tensor(State.program, dtype=torch.int32),
-        num_programs=lambda axis: torch.tensor(State.programs, dtype=torch.int32),
         load=load,
         store=store,
         arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
