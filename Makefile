@@ -1,6 +1,7 @@
 # make demo           sets .venv up, builds, runs the demo: a real fine-tuning, stock and patched, side by side
 # make test           the same environment, then everything that can be checked without a GPU
-# make STAGE          one stage of it: build lint types unit interpreter gate rehearsal package
+# make STAGE          one stage of it: build lint types unit oldest interpreter gate rehearsal package
+# make recipes        the recipes of examples/ on the data in FASTFORMER_DATA, stock and patched, and a table of them
 # make gpu            correctness, races and benchmarks on this machine's CUDA GPU, offline (STAGE=... for one stage)
 # make gpu-save       files the results of make gpu under bench/results/
 # make wheel          wheel and source distribution under dist/
@@ -17,9 +18,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-STAGES := build lint types unit interpreter gate rehearsal package
+STAGES := build lint types unit oldest interpreter gate rehearsal package
 
-.PHONY: demo test wheel clean gpu gpu-rehearsal gpu-save $(STAGES)
+.PHONY: demo recipes test wheel clean gpu gpu-rehearsal gpu-save $(STAGES)
 
 demo: $(VENV)/.demo
 	@$(BIN)/fastformer demo
@@ -31,6 +32,9 @@ $(STAGES): $(VENV)/.test
 	@bash tools/test.sh $@
 
 gpu-rehearsal: rehearsal
+
+recipes: $(VENV)/.test
+	@$(BIN)/python -m bench.recipes
 
 # The GPU's machine may have no network and its own PyTorch: no .venv there, PYTHON's own packages.
 gpu:

@@ -14,7 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--peers"):
         from bench.peers import listing
 
-        pytest.exit(listing(), returncode=0)
+        pytest.exit(f"libraries compared with\n{listing()}", returncode=0)
     if config.getoption("--benchmark") and config.args == config.getini("testpaths"):
         config.args = ["bench"]
 

@@ -54,7 +54,7 @@ def test_activation(benchmark, rows, width, kind, peer, direction):
     stock = make(kind, "eager", 0.0)
     if peer == "liger" and kind == "geglu":
         stock = lambda gate, up: F.gelu(gate, approximate="tanh") * up  # noqa: E731
-    check(make(kind, peer, 0.0), stock, leaves, direction == "both")
+    check(make(kind, peer, 0.0), stock, leaves, direction == "both", peer)
     benchmark.group = f"{kind} {rows}x{width} {direction}"
     moved = MOVED[kind][direction == "both"] * rows * width * DTYPE.itemsize
     run(benchmark, make(kind, peer, 0.1), leaves, moved, direction == "both")

@@ -1,11 +1,15 @@
 """Fine-tuning on real reviews: stock with its ways of padding against the patched model, results checked before timing.
 
     python -m bench.bench_finetune --size tiny base-2 --max-length 128          # FASTFORMER_DATA names the data
+    python -m bench.bench_finetune --family bert roberta distilbert t5 gpt2 vit --size base --compile
 
-Rows: stock eager and SDPA at padding="max_length", SDPA padded to the longest of a batch, SDPA grouped by length (which
-biases what meets in a batch), ours on the ordinarily padded batch, ours on packed batches of a fixed number of tokens.
-Every row trains on the same reviews, forward + backward + AdamW. The number is real tokens a second: of CPU time with
-one thread on a CPU, of wall time on a GPU, where peak memory is given too.
+Rows: stock eager, SDPA and torch.compile at padding="max_length"; SDPA, and compiled, padded to the longest of a batch;
+SDPA grouped by length (which biases what meets in a batch); ours on the ordinarily padded batch, ours compiled, ours
+on packed batches of a fixed number of tokens. Compiled rows run with --compile. Encoders classify, GPT-2 models
+language (ours with fused_loss), T5 writes the label out, ViT classifies random images, which have no padding. Every row
+trains on the same examples, forward + backward + AdamW. The number is real tokens a second: of CPU time with one thread
+on a CPU, of wall time on a GPU, where peak memory and the host's time a step are given too. `base` is the published
+width and depth (T5: small's).
 """
 
 from __future__ import annotations
@@ -34,26 +38,55 @@ SIZES: dict[str, dict[str, int]] = {
     "base-6": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
-FAMILIES = ("bert", "roberta", "distilbert")
+T5_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"d_model": 128, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 2},
+    "base-2": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 2, "num_heads": 8},
+    "base-6": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "base": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+}
+# family: (class, names of its sizes and dropouts where they are not BERT's)
+FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
+    "bert": ("BertForSequenceClassification", {}),
+    "roberta": ("RobertaForSequenceClassification", {}),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+         "intermediate_size": "hidden_dim", "hidden_dropout_prob": "dropout",
+         "attention_probs_dropout_prob": "attention_dropout"},
+    ),
+    "t5": ("T5ForConditionalGeneration", {"hidden_dropout_prob": "dropout_rate"}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "intermediate_size": "n_inner", "hidden_dropout_prob": "resid_pdrop",
+         "attention_probs_dropout_prob": "attn_pdrop", "max_position_embeddings": "n_positions"},
+    ),
+    "vit": ("ViTForImageClassification", {}),
+}  # fmt: skip
+PACKED = ("bert", "roberta", "distilbert", "gpt2")
 Batches = Callable[[int], Iterator[dict[str, Any]]]
-PAD = 0
-VOCAB = 8000
+PAD, VOCAB = 0, 8000
+IMAGE_TOKENS = 197  # of 224 x 224 pixels in patches of 16, and the one that is classified
 
 
 def build(family: str, size: str, implementation: str, max_length: int) -> Any:
-    """A random classifier in training mode without dropout, whose randomness would differ between rows."""
+    """A random model in training mode without dropout, whose randomness would differ between rows."""
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"vocab_size": VOCAB, "max_position_embeddings": max_length + 2, "num_labels": 2}
+    name, names = FAMILIES[family]
+    settings: dict[str, Any] = {**SIZES[size], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if family == "t5":
+        settings = {**T5_SIZES[size], "hidden_dropout_prob": 0.0, "decoder_start_token_id": PAD}
+    if family != "vit":
+        settings |= {"vocab_size": VOCAB, "pad_token_id": PAD}
+    if family not in ("vit", "t5"):
+        settings["max_position_embeddings"] = max_length + 2
     if family == "distilbert":
-        names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
-        names["intermediate_size"] = "hidden_dim"
-        settings |= {names[k]: v for k, v in SIZES[size].items()}
-        settings |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-    else:
-        settings |= {**SIZES[size], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    prefix = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}[family]
-    config = getattr(transformers, f"{prefix}Config")(**settings, pad_token_id=PAD, attn_implementation=implementation)
-    return getattr(transformers, f"{prefix}ForSequenceClassification")(config).train()
+        settings["seq_classif_dropout"] = 0.0
+    if family == "gpt2":
+        settings |= {"embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1}
+    settings = {names.get(key, key): value for key, value in settings.items()}
+    config = getattr(transformers, name.split("For")[0].removesuffix("LMHeadModel") + "Config")
+    return getattr(transformers, name)(config(**settings, attn_implementation=implementation)).train()
 
 
 def reviews(folder: Path, count: int, max_length: int) -> list[dict[str, Any]]:
@@ -71,22 +104,47 @@ def reviews(folder: Path, count: int, max_length: int) -> list[dict[str, Any]]:
     ]
 
 
+def examples(family: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reviews as a family's head takes them."""
+    if family == "vit":
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(len(rows), 3, 224, 224, generator=generator)
+        return [{"pixel_values": image, "labels": row["labels"]} for image, row in zip(images, rows, strict=True)]
+    if family == "gpt2":
+        return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    if family == "t5":
+        return [{"input_ids": row["input_ids"], "labels": [2 + row["labels"], 1]} for row in rows]
+    return rows
+
+
+def tokens_of(row: dict[str, Any]) -> int:
+    return len(row["input_ids"]) if "input_ids" in row else IMAGE_TOKENS
+
+
 def pad(rows: list[dict[str, Any]], width: int | None = None) -> dict[str, torch.Tensor]:
+    if "pixel_values" in rows[0]:
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
     longest = width or max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), longest), PAD)
     for i, row in enumerate(rows):
         ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+    labels = torch.tensor([row["labels"] for row in rows if not isinstance(row["labels"], list)])
+    if not len(labels):
+        parts = [torch.tensor(row["labels"]) for row in rows]
+        labels = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
+        if max(map(len, parts)) == max(len(row["input_ids"]) for row in rows):
+            labels = torch.nn.functional.pad(labels, (0, longest - labels.shape[1]), value=-100)
     return {
         "input_ids": ids,
         "attention_mask": (torch.arange(longest) < torch.tensor([[len(r["input_ids"])] for r in rows])).long(),
-        "labels": torch.tensor([row["labels"] for row in rows]),
+        "labels": labels,
     }
 
 
 def variants(
-    rows: list[dict[str, Any]], size: int, max_length: int, first_position: int
-) -> dict[str, tuple[str, bool, Batches]]:
-    """name: (attention of stock, whether patched, batches of an epoch)."""
+    family: str, rows: list[dict[str, Any]], size: int, max_length: int, first_position: int, compiles: bool
+) -> dict[str, tuple[str, bool, bool, Batches]]:
+    """name: (attention of stock, whether patched, whether compiled, batches of an epoch)."""
 
     def fixed(width: int | None) -> Batches:
         def make(epoch: int) -> Iterator[dict[str, Any]]:
@@ -97,12 +155,12 @@ def variants(
         return make
 
     def grouped(epoch: int) -> Iterator[dict[str, Any]]:
-        order = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+        order = sorted(rows, key=tokens_of, reverse=True)
         groups = [order[i : i + size] for i in range(0, len(order), size)]
         for group in random.Random(epoch).sample(groups, len(groups)):
             yield pad(group)
 
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = [tokens_of(row) for row in rows]
     # A little more than the mean batch holds, so that an epoch has as many optimizer steps as the others'.
     budget = max(max(lengths), round(1.05 * size * statistics.mean(lengths)))
 
@@ -111,34 +169,52 @@ def variants(
         for indices in TokenBudget(lengths, budget, seed=epoch):
             yield collate([rows[i] for i in indices])
 
-    return {
-        "stock eager, max_length": ("eager", False, fixed(max_length)),
-        "stock sdpa, max_length": ("sdpa", False, fixed(max_length)),
-        "stock sdpa, dynamic": ("sdpa", False, fixed(None)),
-        "stock sdpa, length-grouped": ("sdpa", False, grouped),
-        "ours, padded batches": ("sdpa", True, fixed(max_length)),
-        "ours, packed batches": ("sdpa", True, packed),
-    }
+    if family == "vit":
+        found = {
+            "stock eager": ("eager", False, False, fixed(None)),
+            "stock sdpa": ("sdpa", False, False, fixed(None)),
+            "stock compiled": ("sdpa", False, True, fixed(None)),
+            "ours": ("sdpa", True, False, fixed(None)),
+            "ours compiled": ("sdpa", True, True, fixed(None)),
+        }
+    else:
+        found = {
+            "stock eager, max_length": ("eager", False, False, fixed(max_length)),
+            "stock sdpa, max_length": ("sdpa", False, False, fixed(max_length)),
+            "stock compiled, max_length": ("sdpa", False, True, fixed(max_length)),
+            "stock sdpa, dynamic": ("sdpa", False, False, fixed(None)),
+            "stock compiled, dynamic": ("sdpa", False, True, fixed(None)),
+            "stock sdpa, length-grouped": ("sdpa", False, False, grouped),
+            "ours, padded batches": ("sdpa", True, False, fixed(max_length)),
+            "ours compiled, padded batches": ("sdpa", True, True, fixed(max_length)),
+        }
+        if family in PACKED:
+            found["ours, packed batches"] = ("sdpa", True, False, packed)
+    return {name: choice for name, choice in found.items() if compiles or not choice[2]}
+
+
+def patch(family: str, model: Any) -> None:
+    ff.patch(model, fused_loss=family == "gpt2")
 
 
 def check(family: str, size: str, rows: list[dict[str, Any]], max_length: int, first_position: int) -> float:
-    """Largest relative error of loss, logits and gradients, ours against stock eager, padded and packed.
+    """Largest relative error of loss and gradients, ours against stock eager, padded and packed.
 
     Raises:
         SystemExit: it is above 1e-4.
     """
     stock, ours = build(family, size, "eager", max_length), build(family, size, "eager", max_length)
-    ff.patch(ours)
+    patch(family, ours)
     few = rows[:4]
     want = stock(**pad(few, max_length))
     want.loss.backward()
     worst = 0.0
-    for batch in (pad(few, max_length), PackedCollator(first_position)(few)):
+    for batch in (pad(few, max_length), *([PackedCollator(first_position)(few)] if family in PACKED else [])):
         ours.zero_grad()
         got = ours(**batch)
         got.loss.backward()
         scale = max(p.grad.norm().item() for p in stock.parameters() if p.grad is not None)
-        worst = max(worst, ((got.logits - want.logits).norm() / want.logits.norm()).item())
+        worst = max(worst, abs(got.loss.item() - want.loss.item()) / abs(want.loss.item()))
         for p, q in zip(stock.parameters(), ours.parameters(), strict=True):
             if p.grad is not None:
                 worst = max(worst, (p.grad - q.grad).norm().item() / scale)
@@ -147,7 +223,10 @@ def check(family: str, size: str, rows: list[dict[str, Any]], max_length: int, f
     return worst
 
 
-def epoch_seconds(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Any]]) -> float:
+def epoch_seconds(
+    model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Any]]
+) -> tuple[float, float]:
+    """Seconds of an epoch, and the host's seconds a step until all of its work was handed out."""
     device = next(model.parameters()).device
     prepared = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -158,44 +237,49 @@ def epoch_seconds(model: Any, optimizer: torch.optim.Optimizer, batches: Iterato
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    host = clock() - start
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return clock() - start
+    return clock() - start, host / len(prepared)
 
 
 def run(family: str, size: str, data: str, arguments: argparse.Namespace, device: torch.device) -> None:
-    rows = reviews(Path(os.environ["FASTFORMER_DATA"]) / data, arguments.reviews, arguments.max_length)
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    texts = reviews(Path(os.environ["FASTFORMER_DATA"]) / data, arguments.reviews, arguments.max_length)
+    rows = examples(family, texts)
+    tokens = sum(map(tokens_of, rows))
     first = 1 + PAD if family == "roberta" else 0
     error = check(family, size, rows, arguments.max_length, first)
-    print(f"\n{family} {size}, {data}, max_length {arguments.max_length}, batch {arguments.batch}, {len(rows)} texts, "
-          f"{tokens / len(rows):.1f} tokens each; largest error before timing {error:.1e}")  # fmt: skip
+    print(f"\n{family} {size}, {data}, max_length {arguments.max_length}, batch {arguments.batch}, {len(rows)} texts "
+          f"of {tokens / len(rows):.1f} tokens; largest error before timing {error:.1e}")  # fmt: skip
     models: dict[str, Any] = {}
-    choices = variants(rows, arguments.batch, arguments.max_length, first)
+    choices = variants(family, rows, arguments.batch, arguments.max_length, first, arguments.compile)
     if arguments.rows:
-        kept = ("sdpa, max_length", *arguments.rows)
+        kept = ("stock sdpa, max_length", *arguments.rows)
         choices = {name: choice for name, choice in choices.items() if any(part in name for part in kept)}
     seconds: dict[str, list[float]] = {name: [] for name in choices}
+    hosts: dict[str, float] = {}
     peaks: dict[str, float] = dict.fromkeys(choices, 0.0)
-    for name, (implementation, patched, _) in choices.items():
+    for name, (implementation, patched, compiled, _) in choices.items():
         model = build(family, size, implementation, arguments.max_length).to(device)
         if patched:
-            ff.patch(model)
+            patch(family, model)
+        if compiled:
+            model.compile(dynamic="dynamic" in name or None)
         models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-5)
     # Rows take turns, so that whatever else the machine does meets all of them.
     for epoch in range(arguments.repeats + 1):
-        for name, (_, _, batches) in choices.items():
+        for name, (_, _, _, batches) in choices.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            taken = epoch_seconds(*models[name], batches(epoch))
+            taken, hosts[name] = epoch_seconds(*models[name], batches(epoch))
             if epoch or not arguments.repeats:
                 seconds[name].append(taken)
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    base = statistics.median(seconds["stock sdpa, max_length"])
+    base = statistics.median(next(taken for name, taken in seconds.items() if name.startswith("stock sdpa")))
     for name, taken in seconds.items():
         middle = statistics.median(taken)
-        memory = f"{peaks[name]:8.0f} MiB peak" if peaks[name] else ""
+        memory = f"{peaks[name]:8.0f} MiB peak, {hosts[name] * 1e3:.1f} ms of the host a step" if peaks[name] else ""
         print(f"  {name:28} {tokens / middle:9.0f} real tokens/s  {base / middle:5.2f}x  "
               f"(epochs {min(taken):.2f} to {max(taken):.2f} s) {memory}")  # fmt: skip
 
@@ -209,6 +293,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="reviews a batch; packed batches hold as many tokens")
     parser.add_argument("--reviews", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="epochs timed after one that warms up; 0: that one")
+    parser.add_argument("--compile", action="store_true", help="also the rows through torch.compile")
     parser.add_argument("--rows", nargs="+", help="parts of the names of the rows to run; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()

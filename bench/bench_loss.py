@@ -34,7 +34,7 @@ def test_cross_entropy(benchmark, rows, classes, peer, direction):
     else:
         call = stock if peer == "eager" else compiled(stock)
     leaves = {"logits": torch.randn(rows, classes, device=DEVICE, dtype=DTYPE)}
-    check(call, stock, leaves, direction == "both")
+    check(call, stock, leaves, direction == "both", peer)
     benchmark.group = f"cross_entropy {rows}x{classes} {direction}"
     moved = (3 if direction == "both" else 1) * rows * classes * DTYPE.itemsize
     run(benchmark, call, leaves, moved, direction == "both")
@@ -70,5 +70,5 @@ def test_linear_cross_entropy(benchmark, rows, hidden, classes, peer):
             lambda input, weight: F.cross_entropy(F.linear(input, weight), labels),
             part,
         )
-    benchmark.group = f"linear_cross_entropy {rows}x{hidden}x{classes}"
+    benchmark.group = f"linear_cross_entropy {rows}x{hidden}x{classes} both"
     run(benchmark, call, leaves, sum(t.numel() for t in leaves.values()) * DTYPE.itemsize, True)

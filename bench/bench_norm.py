@@ -63,7 +63,7 @@ def test_norm(benchmark, rows, width, kind, peer, direction):
     if kind != "rms":
         leaves["bias"] = torch.randn(width, device=DEVICE, dtype=DTYPE)
     # Random masks differ between implementations: correctness is held without dropout.
-    check(make(peer, kind, width, 0.0), make_stock(kind, width, 0.0), leaves, direction == "both")
+    check(make(peer, kind, width, 0.0), make_stock(kind, width, 0.0), leaves, direction == "both", peer)
     # Forward reads the inputs and writes y (and the sum, for backward); backward reads dy and one tensor and writes
     # a gradient for each input.
     tensors = len(names) + 1

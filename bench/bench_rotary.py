@@ -46,7 +46,7 @@ def test_rotary(benchmark, batch, tokens, heads, heads_k, width, peer, direction
         name: torch.randn(batch, tokens, count, width, device=DEVICE, dtype=DTYPE)
         for name, count in (("query", heads), ("key", heads_k))
     }
-    check(call, stock, leaves, direction == "both")
+    check(call, stock, leaves, direction == "both", peer)
     benchmark.group = f"rotary {batch}x{tokens}x{heads}+{heads_k}x{width} {direction}"
     moved = (4 if direction == "both" else 2) * sum(t.numel() for t in leaves.values()) * DTYPE.itemsize
     run(benchmark, call, leaves, moved, direction == "both")

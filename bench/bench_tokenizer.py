@@ -33,6 +33,7 @@ ADVERSARIAL = {
     "letters": lambda n: "".join(__import__("random").Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=n)),
     "cjk": lambda n: "".join(map(chr, __import__("random").Random(2).choices(range(0x4E00, 0x9FA5), k=n // 3))),
     "digits": lambda n: "".join(__import__("random").Random(3).choices("0123456789", k=n)),
+    "utf-8": lambda n: "".join(map(chr, __import__("random").Random(5).choices(range(0xA0, 0xD800), k=n // 3))),
     "base64": lambda n: __import__("base64").b64encode(__import__("random").Random(4).randbytes(n * 3 // 4)).decode(),
 }
 
@@ -48,7 +49,6 @@ EXPRESSIONS = json.loads(os.environ["FASTFORMER_BENCH_EXPRESSIONS"])
 
 def load():
     if library == "fastformer":
-        sys.path.insert(0, os.environ["FASTFORMER_BENCH_ROOT"])
         from fastformer.tokenizer import BPETokenizer
         return BPETokenizer.from_file(ranks, pattern=pattern)
     if library == "tiktoken":
@@ -95,9 +95,17 @@ def batcher(tok):
     return lambda b: [tok.encode(s) for s in b]
 
 clock = time.process_time
+MODULES = {"fastformer": "fastformer.tokenizer", "bpe_openai": "bpe_openai._bindings"}
+if library == "fastformer":
+    sys.path.insert(0, os.environ["FASTFORMER_BENCH_ROOT"])
+__import__(MODULES.get(library, library))
+if task == "cached":
+    from fastformer.tokenizer import BPETokenizer
+    BPETokenizer.from_file(ranks, pattern=pattern).save(source + ".ffbpe")
+    ranks, pattern = source + ".ffbpe", None
 start = clock(); tok = load(); loaded = clock() - start
 times = []
-if task == "load":
+if task in ("load", "cached"):
     times = [loaded]
 elif task == "encode":
     run = encoder(tok)
@@ -134,6 +142,8 @@ print(json.dumps(times))
 
 def measure(python: str, library: str, vocab: Path, pattern: str, task: str, source: Path) -> list[float] | None:
     """Seconds of each repetition in a fresh process, or None where the library cannot do it."""
+    if task == "cached" and library != "fastformer":
+        return None
     sys.path.insert(0, str(ROOT))
     from fastformer.tokenizer.patterns import CL100K, O200K
 
@@ -163,6 +173,7 @@ def main() -> None:
     parser.add_argument("--peers-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patterns", nargs="+", default=list(VOCABULARIES), choices=list(VOCABULARIES))
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     lines = [
@@ -176,28 +187,52 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks = list(prepare(args.data / "text", Path(folder)))
         for pattern in args.patterns:
-            head = ["", f"## {pattern}", "", "| | " + " | ".join(PEERS) + " |", "|---" * (len(PEERS) + 1) + "|"]
+            head = [
+                "",
+                f"## {pattern}",
+                "",
+                "| | " + " | ".join(args.peers) + " |",
+                "|---" * (len(args.peers) + 1) + "|",
+            ]
             print("\n".join(head), flush=True)
             lines += head
             for name, task, source in tasks:
-                if (pattern != "cl100k" and task in ("call", "batch", "decode")) or (
+                if (pattern != "cl100k" and task in ("call", "batch", "decode", "load", "cached")) or (
                     name in ADVERSARIAL and pattern != "cl100k"
                 ):
                     continue
-                rows: dict[str, list[list[float] | None]] = {peer: [] for peer in PEERS}
+                rows: dict[str, list[list[float] | None]] = {peer: [] for peer in args.peers}
                 vocab = args.data / "vocab" / f"{VOCABULARIES[pattern]}.tiktoken"
                 for _ in range(args.rounds):
-                    for peer in PEERS:
+                    for peer in args.peers:
                         rows[peer].append(measure(args.peers_python, peer, vocab, pattern, task, source))
                 size = source.stat().st_size
-                cells = [show(task, best(rows[peer]), size) for peer in PEERS]
+                cells = [show(task, best(rows[peer]), size) for peer in args.peers]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
+        lines += linear(args, Path(folder))
     if args.write:
         target = ROOT / "bench" / "results" / f"cpu-{re.sub('[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}"
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written to {target.relative_to(ROOT)}/tokenizer.md", file=sys.stderr)
+
+
+def linear(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Whether hard inputs of one pretoken take time in proportion to their size: cold MB/s by size."""
+    sizes = {"64 KB": 1 << 16, "1 MB": 1 << 20, "16 MB": 1 << 24}
+    lines = ["", "## One input, growing (fastformer, cl100k)", "", "| | " + " | ".join(sizes) + " |", "|---" * 4 + "|"]
+    for label, make in ADVERSARIAL.items():
+        cells = []
+        for size in sizes.values():
+            path = folder / "growing"
+            path.write_text(make(size), encoding="utf-8")
+            vocab = args.data / "vocab" / f"{VOCABULARIES['cl100k']}.tiktoken"
+            times = measure(args.peers_python, "fastformer", vocab, "cl100k", "encode", path)
+            cells.append(f"{path.stat().st_size / times[0] / 1e6:.1f}" if times else "–")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def prepare(texts: Path, folder: Path) -> list[tuple[str, str, Path]]:
@@ -227,13 +262,14 @@ def prepare(texts: Path, folder: Path) -> list[tuple[str, str, Path]]:
         out.append((label, "encode", path))
     out.append(("decode english", "decode", folder / "english"))
     out.append(("load", "load", folder / "english_0.1_MB"))
+    out.append(("load .ffbpe", "cached", folder / "english_0.1_MB"))
     return out
 
 
 def show(task: str, times: list[float] | None, size: int) -> str:
     if not times:
         return "–"
-    if task == "load":
+    if task in ("load", "cached"):
         return f"{times[0] * 1e3:.0f}"
     if task == "call":
         return f"{times[0] * 1e6:.2f}"

@@ -17,18 +17,21 @@ from torch import Tensor
 from bench.gpu.timing import median_time
 
 ON_GPU = torch.cuda.is_available()
+OURS = "fastformer"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
+if not ON_GPU:
+    torch.set_num_threads(1)
 ROTATED_BYTES = 256 << 20
 
 Call = Callable[..., Tensor]
 
 
 def shapes(widths: tuple[int, ...], rows: tuple[int, ...], limit: int = 2**29) -> list[tuple[int, int]]:
-    """(rows, width) of at most `limit` elements on a GPU, one tiny pair without."""
+    """(rows, width) of at most `limit` elements on a GPU, one small pair without."""
     if not ON_GPU:
-        return [(64, 256)]
+        return [(1024, 768)]
     return [(r, w) for w in widths for r in rows if r * w <= limit]
 
 
@@ -91,15 +94,21 @@ def ceilings() -> dict[str, float]:
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
+    # On a CPU its own time, which other work on the machine moves less than the clock's.
+    clock = time.perf_counter if ON_GPU else time.process_time
     if ON_GPU:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = True) -> None:
-    """Refuse to time a wrong result or gradient: error against float64 at most twice stock's, plus two ulps."""
+def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = True, peer: str = OURS) -> None:
+    """Refuse to time a wrong result or gradient: error against float64 at most twice stock's, plus two ulps.
+
+    Others may be ten times as far off, which still tells a call that was meant otherwise: torch.compile sums the
+    gradient of a bias over 1,024 rows with four times stock's error.
+    """
     sent: list[Tensor] = []
 
     def results(function: Call, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -115,17 +124,17 @@ def check(call: Call, stock: Call, leaves: dict[str, Tensor], backward: bool = T
     for name, reference in exact.items():
         error, stocks = ((r[name].double() - reference).abs().max().item() for r in (ours, theirs))
         ulp = torch.finfo(ours[name].dtype).eps * reference.abs().max().item()
-        if not error <= 2 * stocks + 2 * ulp:
-            raise AssertionError(
-                f"{name}: error {error:.3e}, allowed {2 * stocks + 2 * ulp:.3e}: wrong results are not timed"
-            )
+        allowed = (2 * stocks + 2 * ulp) * (1 if peer == OURS else 10)
+        if not error <= allowed:
+            raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}: wrong results are not timed")
 
 
 def run(benchmark: Any, call: Call, leaves: dict[str, Tensor], moved: int, backward: bool) -> None:
     """Time one call, or forward and backward, on sets of inputs in turn, so that no cache holds them from last time.
 
-    Besides pytest-benchmark's host times `extra_info` gets: on a GPU device_us, the median of CUDA graph replays; GB/s
-    and of_copy, that rate over a copy's; peak_MiB, the most memory alive at once beyond the inputs.
+    Besides pytest-benchmark's host times (on a CPU the CPU time of one thread) `extra_info` gets: on a GPU device_us,
+    the median of CUDA graph replays; GB/s and of_copy, that rate over a copy's; peak_MiB, the most memory alive at once
+    beyond the inputs.
 
     Args:
         moved: bytes that must move at least.
@@ -149,7 +158,8 @@ def run(benchmark: Any, call: Call, leaves: dict[str, Tensor], moved: int, backw
 
     step()
     benchmark.extra_info |= {"dtype": str(DTYPE), "sets": len(sets), "peak_MiB": peak_bytes(step) / 2**20}
-    benchmark.pedantic(step, warmup_rounds=10, rounds=50)
+    warmup, rounds = (10, 50) if ON_GPU else (2, 10)
+    benchmark.pedantic(step, warmup_rounds=warmup, rounds=rounds)
     if benchmark.stats:
         seconds = benchmark.stats.stats.median
         if ON_GPU:
@@ -177,9 +187,9 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def _count(leaves: dict[str, Tensor]) -> int:
-    """Sets that together outgrow a GPU's L2 several times; four on a CPU."""
+    """Sets that together outgrow a GPU's L2 several times; two on a CPU."""
     size = sum(v.numel() * v.element_size() for v in leaves.values())
-    return max(2, min(16, ROTATED_BYTES // max(size, 1))) if ON_GPU else 4
+    return max(2, min(16, ROTATED_BYTES // max(size, 1))) if ON_GPU else 2
 
 
 def _redrawn(tensor: Tensor) -> Tensor:

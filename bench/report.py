@@ -99,14 +99,14 @@ def _stage(path: Path) -> Suite | None:
     faults = [row["key"] for row in stage["rows"] if "fault" in row]
     if faults:
         raise ReportError(f"{path} holds wrong or missing results ({', '.join(faults[:3])}), which are not reported")
-    ceilings = next((row["ceilings"] for row in stage["rows"] if "ceilings" in row), {})
+    ceilings: dict[str, float] = next((row["ceilings"] for row in stage["rows"] if "ceilings" in row), {})
     date = datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
     suite = Suite(stage["stage"], stage["machine"], ceilings, date)
     limits = {"tflops": ("matmul_tflops", "TFLOP/s"), "gbs": ("copy_gbs", "GB/s")}
     for row in stage["rows"]:
         if "host_us" in row:
             suite.host[row["key"]] = row["host_us"]
-        for way in ("fwd", "bwd"):
+        for way in ("fwd", "bwd", "both"):
             for name, rate in row.get(way, {}).items():
                 if "us" not in rate:
                     continue
@@ -132,6 +132,14 @@ def write(suite: Suite, root: Path) -> list[Path]:
     if suite.ceilings:
         limits = ", ".join(f"{name} {value:.4g}" for name, value in suite.ceilings.items())
         lines += [f"Limits of this machine, measured in the same run: {limits}.", ""]
+    if suite.host:
+        lines += [
+            "An eager call, its kernels excluded; PyTorch's include theirs where it ran on a CPU. bench/host.py",
+            "",
+        ]
+        lines[-2] += " says how it is measured; floor is what any operator with a backward in Python pays."
+    elif device.startswith("CPU"):
+        lines += ["CPU time of one thread; fastformer runs PyTorch's own operators here.", ""]
     lines += _host_table(suite.host) if suite.host else _table(suite)
     table.write_text("\n".join(lines) + "\n")
     picture = table.with_suffix(".png")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastformer.version import __version__
 
 if TYPE_CHECKING:
-    from fastformer import nn, ops
+    from fastformer import compress, explain, nn, ops
     from fastformer.graphs import graphed, ungraphed
     from fastformer.info import info
     from fastformer.integrations import patch, unpatch
@@ -29,9 +29,21 @@ _HOMES = {
     "ungraphed": "fastformer.graphs",
     "unpatch": "fastformer.integrations",
 }
-_MODULES = ("nn", "ops")
+_MODULES = ("compress", "explain", "nn", "ops")
 
-__all__ = ["BPETokenizer", "__version__", "graphed", "info", "nn", "ops", "patch", "ungraphed", "unpatch"]
+__all__ = [
+    "BPETokenizer",
+    "__version__",
+    "compress",
+    "explain",
+    "graphed",
+    "info",
+    "nn",
+    "ops",
+    "patch",
+    "ungraphed",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: fastformer demo | info | bench | tokenizer, and --version.
+"""The command line: fastformer demo | info | tune | bench | tokenizer, and --version.
 
 Exit codes: 0 done; 1 failed; 2 the user's to fix, said in one sentence on stderr; 130 interrupted with Ctrl-C.
 """
@@ -61,12 +61,67 @@ def _parser() -> Parser:
         "gpt2, ...) of its usual size, with random weights",
     )
     info.add_argument(
-        "--layers", type=_whole(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
+        "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
+    _add_tune(commands)
     _add_bench(commands)
     _add_tokenizer(commands)
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="time the attention kernels' tiles on this machine's GPU and write a table",
+        description="Times the tiles of the attention kernels on this machine's GPU and writes the fastest to a table, "
+        "which the kernels read with FASTFORMER_TILES=FILE. An existing table of these kernels is added to.",
+    )
+    tune.add_argument("--output", type=Path, default=Path("tiles.json"), metavar="FILE", help="(default: tiles.json)")
+    tune.add_argument(
+        "--head-dim",
+        type=whole_number(1, 256),
+        action="append",
+        metavar="N",
+        help="(repeatable; default: 64, 128, 256)",
+    )
+    tune.add_argument(
+        "--length",
+        type=whole_number(1, 1 << 20),
+        action="append",
+        metavar="N",
+        help="tokens a sequence, one for each class up to 128, 512, 2048 and longer (repeatable; default: 128, 512, "
+        "2048, 8192)",
+    )
+    tune.add_argument("--rehearse", action="store_true", help="without a GPU: tiny shapes in Triton's interpreter")
+    tune.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from fastformer.ops.backend import triton_status
+
+    usable, why = triton_status()
+    if not usable:
+        raise UserError(f"tuning needs Triton, but {why}")
+    if args.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
+        head_dims, lengths = args.head_dim or [16], args.length or [16]
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("tuning needs a CUDA GPU that PyTorch sees; --rehearse goes through it without one")
+        head_dims, lengths = args.head_dim or [64, 128, 256], args.length or [128, 512, 2048, 8192]
+    from fastformer.tune import tune
+
+    try:
+        count = tune(args.output, head_dims, lengths, tiny=args.rehearse)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(f"{count} rows in {args.output}; FASTFORMER_TILES={args.output} makes the kernels use them")
+    return 0
 
 
 def _add_bench(commands: Any) -> None:
@@ -75,7 +130,7 @@ def _add_bench(commands: Any) -> None:
         "report",
         help="tables and plots under bench/results/<device>/",
         description="Turns results into Markdown tables and PNG plots, every figure beside the best peer's and beside "
-        "the machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE, or a folder of make gpu.",
+        "the machine's own limits. SOURCE: a file of pytest --benchmark --benchmark-json=FILE or a folder of make gpu.",
     )
     report.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
     report.add_argument(
@@ -150,15 +205,15 @@ def _add_demo(commands: Any) -> None:
     )
     training = demo.add_argument_group("training")
     training.add_argument(
-        "--max-length", type=_whole(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
+        "--max-length", type=whole_number(8, 1 << 20), default=256, metavar="N", help="tokens a passage (default: 256)"
     )
-    training.add_argument("--epochs", type=_whole(1, 10**6), default=2, metavar="N", help="(default: 2)")
-    training.add_argument("--batch-size", type=_whole(1, 10**6), default=16, metavar="N", help="(default: 16)")
-    training.add_argument("--steps", type=_whole(1, 10**9), metavar="N", help="stop each run after N batches")
+    training.add_argument("--epochs", type=whole_number(1, 10**6), default=2, metavar="N", help="(default: 2)")
+    training.add_argument("--batch-size", type=whole_number(1, 10**6), default=16, metavar="N", help="(default: 16)")
+    training.add_argument("--steps", type=whole_number(1, 10**9), metavar="N", help="stop each run after N batches")
     training.add_argument(
-        "--learning-rate", type=_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
+        "--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for the new BERT)"
     )
-    training.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    training.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     result = demo.add_argument_group("result")
     result.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(default: demo-output/)"
@@ -209,7 +264,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A converter of arguments to whole numbers from low to high."""
 
     def convert(text: str) -> int:
@@ -220,7 +275,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
-def _rate(text: str) -> float:
+def learning_rate(text: str) -> float:
     try:
         rate = float(text)
     except ValueError:

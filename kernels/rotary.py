@@ -8,13 +8,16 @@ where the pair is (x_i, x_{i + R/2}) ("half", GPT-NeoX, Llama) or (x_{2i}, x_{2i
 Dimensions from R on are copied. Backward turns by the negative angle. Su et al. 2021, "RoFormer".
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import launcher
-from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program, target
+from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program
+from fastformer.kernels.targets import Target, target_of
 
 
 @triton.jit
@@ -119,18 +122,43 @@ def rotate(
     outs = [x if in_place else _empty_beside(x) for x in (query, key) if x is not None]
     if query.numel() + (0 if key is None else key.numel()) == 0:
         return outs
-    r = 2 * cos.shape[1]
-    heads_k = 0 if key is None else key.shape[2]
+    launch = _launch(
+        target_of(query.device), batch, s, heads, 0 if key is None else key.shape[2], d, tuple(cos.shape),
+        cos.stride(0), sin.stride(0), query.stride(), (0, 0, 0, 0) if key is None else key.stride(),
+        outs[0].stride(), outs[-1].stride(), interleaved, by_token, inverse,
+    )  # fmt: skip
+    q_out, k_out = (None, None) if in_place else (outs[0], None if key is None else outs[1])
+    launch(query, key, cos, sin, position, q_out, k_out)
+    return outs
+
+
+# What a launch is made of beside its tensors is derived once a kind of call.
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    aim: Target,
+    batch: int,
+    s: int,
+    heads: int,
+    heads_k: int,
+    d: int,
+    table: tuple[int, int],
+    cos_stride: int,
+    sin_stride: int,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    q_out_strides: tuple[int, ...],
+    k_out_strides: tuple[int, ...],
+    interleaved: bool,
+    by_token: bool,
+    inverse: bool,
+) -> Prepared:
+    r = 2 * table[1]
     block_h = min(power_of_two(max(heads, heads_k)), 16)
     block_r = power_of_two(max(r // 2, 1))
     block_d = power_of_two(max(d - r, 1))
-    k_strides = key.stride() if key is not None else (0, 0, 0, 0)
-    grid = (batch * s, cdiv(heads, block_h) + cdiv(heads_k, block_h))
-    _rotate[grid](
-        query, key, cos, sin, position, None if in_place else outs[0],
-        None if in_place or key is None else outs[1], s, cos.shape[0],
-        cos.stride(0), sin.stride(0), *query.stride(), *k_strides, *outs[0].stride()[:3], *outs[-1].stride()[:3],
+    numbers = (
+        s, table[0], cos_stride, sin_stride, *q_strides, *k_strides, *q_out_strides[:3], *k_out_strides[:3],
         heads, heads_k, d, r, interleaved, by_token, inverse, block_h, block_r, block_d,
-        **shape_of_program(target(query), block_h * block_r, 4, 128),
     )  # fmt: skip
-    return outs
+    grid = (batch * s, cdiv(heads, block_h) + cdiv(heads_k, block_h))
+    return Prepared(_rotate, grid, numbers, shape_of_program(aim, block_h * block_r, 4, 128))

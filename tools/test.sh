@@ -25,6 +25,14 @@ unit() {
         --ignore=tests/gpu --ignore=tests/downstream --ignore=tests/interpreter --ignore=tests/test_package.py
 }
 
+# The newest transformers is in .venv; its oldest supported one, with what it needs, lies beside it.
+oldest() {
+    bash tools/overlay.sh build/transformers-4.57.6 $python transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+    local tests=() name
+    for name in bert families losses collating; do tests+=("tests/integrations/test_$name.py"); done
+    PYTHONPATH=build/transformers-4.57.6 OMP_NUM_THREADS=1 $python -m pytest -n $workers --dist worksteal "${tests[@]}"
+}
+
 # The interpreter replaces Triton's compiler when kernels are decorated, so it has a process of its own.
 interpreter() {
     local folders=(tests/ops)
@@ -57,6 +65,7 @@ title() {
         lint) echo "ruff: lint and format" ;;
         types) echo "mypy" ;;
         unit) echo "unit tests on the CPU" ;;
+        oldest) echo "Hugging Face models on transformers 4.57, the oldest supported" ;;
         interpreter) echo "kernels in Triton's interpreter, opcheck" ;;
         gate) echo "ahead-of-time compilation for five GPUs, two Tritons" ;;
         rehearsal) echo "rehearsal of make gpu" ;;
@@ -65,7 +74,7 @@ title() {
     esac
 }
 
-all=(build lint types unit interpreter gate rehearsal package)
+all=(build lint types unit oldest interpreter gate rehearsal package)
 stages=("$@")
 [ $# -gt 0 ] || stages=("${all[@]}")
 current=""

@@ -12,7 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("correctness", "races", "bench-attention", "bench-fused", "host-cost", "bench-finetune", "graphs", "report")
+STAGES = (
+    "correctness",
+    "races",
+    "tune",
+    "bench-attention",
+    "bench-fused",
+    "host-cost",
+    "bench-finetune",
+    "graphs",
+    "report",
+)
 COMMANDS = ("save", "wheels", "subjects")
 # A stage starts no further row after this long; with its longest row it then ends inside ten minutes.
 STAGE_SECONDS = 480.0
@@ -98,7 +108,7 @@ def stage(name: str, folder: Path) -> int:
         kept = results.Results(name, folder, this_machine(), fresh=True)
     module = importlib.import_module(f"bench.gpu.{name.removeprefix('bench-').replace('-', '_')}")
     cases: list[tuple[str, Callable[[], results.Row]]]
-    cases = module.cases(folder) if name in ("correctness", "graphs") else module.cases()
+    cases = module.cases(folder) if name in ("correctness", "graphs", "tune") else module.cases()
     if name.startswith("bench-"):
         cases.insert(0, ("ceilings", _ceilings))
     results.measure(kept, cases, STAGE_SECONDS)

@@ -28,6 +28,23 @@ class IdBuffer {
     uint32_t* data() { return data_; }
     size_t size() const { return size_; }
     void resize(size_t size) { size_ = size; }
+    // Empties the buffer, and gives back memory for more than `kept` ids.
+    void reset(size_t kept) {
+        size_ = 0;
+        if (capacity_ <= kept) return;
+        std::free(data_);
+        data_ = nullptr;
+        capacity_ = 0;
+    }
+    // Gives the memory to the caller, who frees it with std::free; shortened to the ids it holds.
+    uint32_t* release() {
+        void* data = size_ ? std::realloc(data_, size_ * sizeof(uint32_t)) : nullptr;
+        if (!size_) std::free(data_);
+        else if (!data) data = data_;
+        data_ = nullptr;
+        size_ = capacity_ = 0;
+        return static_cast<uint32_t*>(data);
+    }
 
   private:
     void grow(size_t need) {

@@ -3,6 +3,7 @@
 // stored earlier goes first.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -34,25 +35,33 @@ struct Key {
             std::memcpy(&k, p, n);
         } else {
             std::memcpy(&k, p, sizeof k);
+            // kOnes[8 * words - n] and what follows it have ones for the first n bytes.
             for (size_t i = 0; i < words; i++) {
-                size_t have = n > 8 * i ? std::min<size_t>(n - 8 * i, 8) : 0;
-                // A shift by 64 is undefined, hence the two halves.
-                k.word[i] &= ~(~uint64_t{0} << (4 * have) << (4 * have));
+                uint64_t mask;
+                std::memcpy(&mask, kOnes.data() + 8 * words - n + 8 * i, 8);
+                k.word[i] &= mask;
             }
         }
         k.word[words - 1] |= static_cast<uint64_t>(n) << 56;
         return k;
     }
     uint64_t hash() const {
-        uint64_t h = 0;
-        for (size_t i = 0; i < words; i++) h = (h ^ word[i] ^ h >> 32) * 0xD6E8FEB86659FD93u;
-        return (h ^ h >> 29) * 0x9E3779B97F4A7C15u;
+        // Only the top bits are used, and every bit of the key reaches them.
+        uint64_t h = word[words - 1] * 0xA0761D6478BD642Fu;
+        for (size_t i = words - 1; i-- > 0;) h = (h ^ h >> 32) * 0xE7037ED1A0B428DBu + word[i];
+        return h * 0x9E3779B97F4A7C15u;
     }
+
+  private:
+    static constexpr std::array<uint8_t, 16 * words> kOnes = [] {
+        std::array<uint8_t, 16 * words> ones{};
+        for (size_t i = 0; i < 8 * words; i++) ones[i] = 0xFF;
+        return ones;
+    }();
 };
 
-// Grows with use from `1 << smallest` to `1 << largest` entries, so that small texts touch little memory and any text
-// a bounded amount.
-template <size_t words, size_t max_ids, int smallest, int largest>
+// Grows with use up to `1 << largest` entries, so that small texts touch little memory and any text a bounded amount.
+template <size_t words, size_t max_ids, int largest>
 class Cache {
   public:
     using Key = bpe::Key<words>;
@@ -62,20 +71,27 @@ class Cache {
         uint32_t ids[max_ids];
     };
 
-    Cache() { allocate(smallest); }
-    void prefetch(uint64_t hash) const { __builtin_prefetch(entries_.get() + (hash >> shift_ << 1)); }
+    // Begins with `1 << bits` entries, or the most there may be.
+    explicit Cache(int bits) { allocate(std::min(bits, largest)); }
+    void prefetch(uint64_t hash) const {
+        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        fetch(e);
+        if constexpr (sizeof(Entry) > 32) fetch(e + 1);
+    }
 
     // The ids of a key, or null.
     const uint32_t* find(const Key& key, uint64_t hash) const {
         const Entry* e = entries_.get() + (hash >> shift_ << 1);
-        if (e[0].key == key) return e[0].ids;
-        if (e[1].key == key) return e[1].ids;
-        return nullptr;
+        // Which of the two it is nobody can predict, whether it is one of them nearly always.
+        bool first = e[0].key == key, second = e[1].key == key;
+        const uint32_t* ids = first ? e[0].ids : e[1].ids;
+        return first | second ? ids : nullptr;
     }
-    // Stores 1 to max_ids ids for a key that is not there.
+    // Stores 1 to max_ids ids.
     void store(const Key& key, uint64_t hash, const uint32_t* ids, size_t count) {
         if (used_ * 2 > capacity_ && capacity_ < size_t{1} << largest) grow();
         Entry* e = entries_.get() + (hash >> shift_ << 1);
+        if (e[0].key == key) return;
         used_ += e[1].key.empty();
         e[1] = e[0];
         e[0].key = key;
@@ -118,8 +134,8 @@ class Cache {
     int shift_ = 63, bits_ = 0;
 };
 
-using ShortCache = Cache<2, 4, 12, 19>;   // 128 KB to 16 MB
-using MiddleCache = Cache<4, 8, 8, 18>;   // 16 KB to 16 MB
-using LongCache = Cache<8, 16, 6, 17>;    // 8 KB to 16 MB
+using ShortCache = Cache<2, 4, 20>;    // 32 bytes each, 32 MB
+using MiddleCache = Cache<4, 8, 17>;   // 64 bytes each, 8 MB
+using LongCache = Cache<8, 16, 16>;    // 128 bytes each, 8 MB
 
 }  // namespace fastformer::bpe

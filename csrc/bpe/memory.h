@@ -7,9 +7,20 @@
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#elif defined(_MSC_VER)
+#include <intrin.h>
 #endif
 
 namespace fastformer::bpe {
+
+// Asks for a cache line that will be read soon.
+inline void fetch(const void* p) {
+#if defined(_MSC_VER)
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#else
+    __builtin_prefetch(p);
+#endif
+}
 
 inline void* allocate_table(size_t bytes) {
     constexpr size_t kHugePage = size_t{2} << 20;

@@ -3,6 +3,7 @@
 // find the ends of runs in the maps. What reaches past the window is read as the scalar scanner reads it.
 #pragma once
 #include <bit>
+#include <cstring>
 
 #include "bpe/scan_scalar.h"
 
@@ -24,21 +25,22 @@ struct Window {
     size_t base = 0, end = 0;  // text[base, end) is classified
     uint8_t flags[kWindow + 64];
     uint64_t maps[kMaxSets][kWords + 1];  // one zero word behind the last
+    // Single bytes: those that begin no character, CR and LF, ' ', the apostrophe, '/'.
+    uint64_t tail[kWords], newline[kWords], blank[kWords], quote[kWords], slash[kWords];
 };
 
 // Fills the flags of p[0, n), n <= kWindow, which ends at a character boundary, and the maps of `sets`.
 using Classify = void (*)(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
 
-// The flags of every character of p[at, n) that is not ASCII, for `mask` of the 64 bytes at `at`.
-inline void classify_high(const Tables& tables, const uint8_t* p, size_t at, uint64_t mask, uint8_t* flags) {
-    while (mask) {
-        size_t i = at + static_cast<size_t>(std::countr_zero(mask));
-        uint8_t a = p[i];
-        mask &= mask - 1;
-        if ((a & 0xC0) == 0x80) continue;  // its lead byte has seen to it
+// The flags of the characters whose first bytes are those of `leads` among the 64 at `at`, none of them ASCII. With
+// `spill` up to three bytes behind a character are written too, for the caller to write after it.
+template <bool spill>
+void classify_high(const Tables& tables, const uint8_t* p, size_t at, uint64_t leads, uint8_t* flags) {
+    for (; leads; leads &= leads - 1) {
+        size_t i = at + static_cast<size_t>(std::countr_zero(leads));
         Char c = decode(p + i);
-        uint8_t f = flags_of(tables, c.point);
-        for (uint32_t k = 0; k < c.length; k++) flags[i + k] = f;
+        uint32_t f = flags_of(tables, c.point) * 0x01010101u;
+        std::memcpy(flags + i, &f, spill ? 4 : c.length);
     }
 }
 
@@ -91,42 +93,5 @@ struct Reader : scalar::Text {
         return i;
     }
 };
-
-template <Pattern pattern, Classify classify>
-size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
-    thread_local Window window;
-    const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
-    size_t count = 0, i = pos;
-    // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
-    while (i < n && (capacity - count >= kWindow || count == 0)) {
-        size_t end = n - i > kWindow ? i + kWindow : n;
-        if (end - i > capacity - count) end = i + (capacity - count);
-        while (end < n && end > i && (text[end] & 0xC0) == 0x80) end--;
-        window.base = i;
-        window.end = end;
-        classify(tables, text + i, end - i, kSets<pattern>, kMaxSets, window);
-        Reader<pattern> x{{text, n, tables}, window};
-        do {
-            i = scalar::next<pattern>(x, i);
-            ends[count++] = static_cast<uint32_t>(i);
-        } while (i < end && count < capacity);
-        if (count == capacity) break;
-    }
-    pos = i;
-    return count;
-}
-
-template <Classify classify>
-Scanner::Function get(Pattern pattern) {
-    switch (pattern) {
-        case Pattern::kGpt2: return scan<Pattern::kGpt2, classify>;
-        case Pattern::kCl100k: return scan<Pattern::kCl100k, classify>;
-        case Pattern::kO200k: return scan<Pattern::kO200k, classify>;
-        case Pattern::kLlama3: return scan<Pattern::kLlama3, classify>;
-        case Pattern::kQwen2: return scan<Pattern::kQwen2, classify>;
-        case Pattern::kDeepseek: return scan<Pattern::kDeepseek, classify>;
-        default: return nullptr;
-    }
-}
 
 }  // namespace fastformer::bpe::mapped

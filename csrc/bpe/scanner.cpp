@@ -2,6 +2,7 @@
 #include "bpe/scanner.h"
 
 #include "bpe/isa/isa.h"
+#include "bpe/scan_bits.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>

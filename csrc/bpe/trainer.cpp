@@ -70,26 +70,28 @@ std::vector<uint8_t> byte_level_order() {
     return printable;
 }
 
-// Signed counts by pair.
-class PairCounts {
+// By pair: its signed count, and the list of words that the step `step` began for it.
+class Pairs {
   public:
-    explicit PairCounts(size_t capacity = 1 << 16) { slots_.assign(capacity, {kEmpty, 0}); }
-    int64_t& operator[](uint64_t pair) {
+    struct Slot {
+        uint64_t pair = kEmpty;
+        int64_t count = 0;
+        uint32_t list = 0, step = 0;
+    };
+
+    Pairs() : slots_(1 << 16) {}
+    Slot& operator[](uint64_t pair) {
         if (used_ * 4 >= slots_.size() * 3) grow();
         Slot& s = find(pair);
         if (s.pair == kEmpty) {
             s.pair = pair;
             used_++;
         }
-        return s.count;
+        return s;
     }
 
   private:
     static constexpr uint64_t kEmpty = ~uint64_t{0};
-    struct Slot {
-        uint64_t pair;
-        int64_t count;
-    };
     Slot& find(uint64_t pair) {
         size_t mask = slots_.size() - 1;
         uint64_t h = pair * 0x9E3779B97F4A7C15u;
@@ -98,7 +100,7 @@ class PairCounts {
         return slots_[i];
     }
     void grow() {
-        std::vector<Slot> old(slots_.size() * 2, Slot{kEmpty, 0});
+        std::vector<Slot> old(slots_.size() * 2);
         old.swap(slots_);
         for (const Slot& s : old)
             if (s.pair != kEmpty) find(s.pair) = s;
@@ -128,7 +130,7 @@ class Learner {
         while (size_ < options_.vocab_size && !queue_.empty()) {
             Candidate top = queue_.top();
             queue_.pop();
-            int64_t now = counts_[top.pair];
+            int64_t now = pairs_[top.pair].count;
             if (top.count != now) {
                 top.count = now;
                 if (now > 0) queue_.push(top);
@@ -171,20 +173,35 @@ class Learner {
     }
 
     void count_pairs() {
-        std::unordered_map<uint64_t, uint32_t> list_of;
         for (uint32_t w = 0; w < places_.size(); w++) {
             const uint32_t* s = symbols_.data() + places_[w].offset;
-            for (uint32_t i = 0; i + 1 < places_[w].length; i++) {
-                uint64_t pair = pair_of(s[i], s[i + 1]);
-                counts_[pair] += words_.count(w);
-                auto [it, fresh] = list_of.emplace(pair, static_cast<uint32_t>(lists_.size()));
-                if (fresh) lists_.emplace_back();
-                auto& list = lists_[it->second];
-                if (list.empty() || list.back() != w) list.push_back(w);
-            }
+            for (uint32_t i = 0; i + 1 < places_[w].length; i++) see(pair_of(s[i], s[i + 1]), w, words_.count(w));
         }
-        for (auto [pair, list] : list_of)
-            if (int64_t count = counts_[pair]; count > 0) queue_.push({count, pair, list});
+        offer();
+    }
+
+    // Counts a pair of word w, and remembers that it is there.
+    void see(uint64_t pair, uint32_t w, int64_t count) {
+        Pairs::Slot& slot = pairs_[pair];
+        slot.count += count;
+        if (slot.step != step_) {
+            slot.step = step_;
+            slot.list = static_cast<uint32_t>(lists_.size());
+            lists_.emplace_back();
+            seen_.push_back(pair);
+        }
+        auto& list = lists_[slot.list];
+        if (list.empty() || list.back() != w) list.push_back(w);
+    }
+
+    // Puts the pairs that this step saw into the queue.
+    void offer() {
+        for (uint64_t pair : seen_) {
+            const Pairs::Slot& slot = pairs_[pair];
+            if (slot.count > 0) queue_.push({slot.count, pair, slot.list});
+        }
+        seen_.clear();
+        step_++;
     }
 
     void step(const Candidate& top) {
@@ -202,38 +219,33 @@ class Learner {
 
         std::vector<uint32_t> where = std::move(lists_[top.places]);
         lists_[top.places] = {};
-        std::unordered_map<uint64_t, uint32_t> grown;
-        for (uint32_t w : where) {
+        for (size_t k = 0; k < where.size(); k++) {
+            // Words lie apart; the next ones are on their way while this one is rewritten.
+            if (k + 12 < where.size()) fetch(&places_[where[k + 12]]);
+            if (k + 4 < where.size()) fetch(symbols_.data() + places_[where[k + 4]].offset);
+            uint32_t w = where[k];
             int64_t count = words_.count(w);
             uint32_t* s = symbols_.data() + places_[w].offset;
             uint32_t n = places_[w].length, out = 0;
-            auto add = [&](uint64_t pair) {
-                counts_[pair] += count;
-                auto [at, first] = grown.emplace(pair, static_cast<uint32_t>(lists_.size()));
-                if (first) lists_.emplace_back();
-                auto& list = lists_[at->second];
-                if (list.empty() || list.back() != w) list.push_back(w);
-            };
             for (uint32_t i = 0; i < n; i++) {
                 if (s[i] != a || i + 1 >= n || s[i + 1] != b) {
                     s[out++] = s[i];
                     continue;
                 }
                 if (out > 0) {
-                    counts_[pair_of(s[out - 1], a)] -= count;
-                    if (length_[s[out - 1]] + made_length < options_.max_token_length) add(pair_of(s[out - 1], made));
+                    pairs_[pair_of(s[out - 1], a)].count -= count;
+                    if (length_[s[out - 1]] + made_length < options_.max_token_length) see(pair_of(s[out - 1], made), w, count);
                 }
                 if (i + 2 < n) {
-                    counts_[pair_of(b, s[i + 2])] -= count;
-                    if (length_[s[i + 2]] + made_length < options_.max_token_length) add(pair_of(made, s[i + 2]));
+                    pairs_[pair_of(b, s[i + 2])].count -= count;
+                    if (length_[s[i + 2]] + made_length < options_.max_token_length) see(pair_of(made, s[i + 2]), w, count);
                 }
                 s[out++] = made;
                 i++;
             }
             places_[w].length = out;
         }
-        for (auto [pair, list] : grown)
-            if (int64_t count = counts_[pair]; count > 0) queue_.push({count, pair, list});
+        offer();
     }
 
     const WordCounts& words_;
@@ -245,7 +257,9 @@ class Learner {
     std::vector<uint32_t> length_;  // of each id, as the trainer of reference counts it: specials are 1 long
     std::vector<uint32_t> symbols_;
     std::vector<Place> places_;
-    PairCounts counts_;
+    Pairs pairs_;
+    std::vector<uint64_t> seen_;  // in this step
+    uint32_t step_ = 1;
     std::vector<std::vector<uint32_t>> lists_;
     std::priority_queue<Candidate> queue_;
 };

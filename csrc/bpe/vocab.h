@@ -5,6 +5,7 @@
 // its own rank. One pair a token suffices: a merge that makes token t within a text happens undisturbed by t's
 // neighbours, hence as it does when the bytes of t stand alone, and there the last two parts are always the same.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +25,7 @@ struct Span {
     size_t size;
 };
 
+class Joints;
 class Trie;
 
 class PairTable {
@@ -41,12 +43,23 @@ class PairTable {
             if (entry == kEmpty) return kNone;
         }
     }
+    // The same for two bytes.
+    uint32_t of_bytes(uint8_t left, uint8_t right) const { return of_bytes_[left << 8 | right]; }
+    void prefetch(uint32_t left, uint32_t right) const {
+        uint64_t h = (static_cast<uint64_t>(left) << 21 | right) * kHash;
+        fetch(&filter_[h >> (shift_ - 3) >> 6]);
+        fetch(&slots_[h >> shift_]);
+    }
 
   private:
+    friend struct Image;
+    // Takes over `slots_` and `filter_` as they are.
+    void adopt();
     static constexpr uint64_t kEmpty = ~uint64_t{0};
     static constexpr uint64_t kHash = 0x9E3779B97F4A7C15u;
     size_t slot(uint64_t key) const { return (key * kHash) >> shift_; }
     Table<uint64_t> slots_, filter_;
+    Table<uint32_t> of_bytes_;
     size_t mask_ = 0;
     int shift_ = 63;
 };
@@ -57,6 +70,11 @@ class Vocab {
     struct Merge {
         uint32_t left, right, merged;
     };
+    Vocab();
+    ~Vocab();
+    Vocab(const Vocab&) = delete;
+    Vocab& operator=(const Vocab&) = delete;
+
     // `ids[i]` is the external id of `tokens[i]`. Without merges (tiktoken) the id is the rank and any two tokens
     // whose concatenation is a token merge. `whole_piece`: a pretoken that is a token is that token, merges or not.
     // Throws std::invalid_argument with a sentence about what is wrong.
@@ -72,6 +90,10 @@ class Vocab {
         return {blob_.data() + by_id_[id].offset, by_id_[id].length};
     }
     size_t id_limit() const { return by_id_.size(); }
+    // Bytes of the ids in all, or the place of the first that is none in `bad`.
+    size_t measure(const uint32_t* ids, size_t count, size_t& bad) const;
+    // Writes the bytes of valid ids to `to`, which has room for just `size` bytes, their number.
+    void decode(const uint32_t* ids, size_t count, uint8_t* to, size_t size) const;
     uint32_t external(uint32_t token) const { return external_[token]; }
     const uint32_t* external() const { return external_.data(); }
     uint32_t byte_token(uint8_t byte) const { return byte; }
@@ -89,29 +111,53 @@ class Vocab {
     }
     // Whether every token can be made by merging, so that the trie knows all of them.
     bool all_reachable() const { return all_reachable_; }
-    const Trie& trie() const { return *trie_; }
+    // Built when first asked for; only pretokens of uncommon length need it. Throws std::invalid_argument.
+    const Trie& trie() const;
+    const Joints& joints() const { return *joints_; }
 
     // Internal number of the token with these bytes, or kNone.
     uint32_t find(const uint8_t* p, size_t n) const;
     // Internal number of the token that a pretoken of these bytes is as a whole, or kNone.
     uint32_t find_piece(const uint8_t* p, size_t n) const {
         uint32_t token = n <= longest_ ? find(p, n) : kNone;
-        return token != kNone && (whole_piece_ || reachable(token)) ? token : kNone;
+        return token != kNone && is_piece(token) ? token : kNone;
     }
+    // Whether a pretoken of the token's bytes is the token.
+    bool is_piece(uint32_t token) const { return whole_piece_ || reachable(token); }
+    // How many bytes may be read from a token's first on.
+    size_t readable(Span token) const { return static_cast<size_t>(blob_.data() + blob_.size() - token.data); }
     Span bytes_of_token(uint32_t token) const { return bytes_of(external_[token]); }
 
   private:
+    friend struct Image;
     struct Place {
         uint32_t offset, length;
     };
     void number_tokens(const std::vector<Span>& tokens, const std::vector<uint32_t>& order);
     void index_bytes();
+    void split_by_ranks(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
+                        const std::vector<uint32_t>& by_length);
+    std::vector<uint32_t> rank_by_merges(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
+                                         const std::vector<uint32_t>& by_length, const std::vector<Merge>& merges);
+    void derive();
+    bool ids_are_dense() const { return by_id_.size() <= size() * 4 + (size_t{1} << 20); }
+    void derive_inline();
+    void put_inline(uint32_t id);
+
+    // A token's bytes beside their number: what decoding copies, one cache line a token; empty where ids are too far apart.
+    struct Inline {
+        uint8_t bytes[15], size;
+    };
+    static constexpr uint8_t kOutside = 255;
 
     std::vector<uint8_t> blob_;
+    Table<Inline> inline_;        // by id; size 0: no such id
+    std::vector<uint8_t> sizes_;  // the same sizes, for a quick sum
     std::vector<Place> by_id_;
     std::vector<uint32_t> external_, left_, right_;
     std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up
-    std::shared_ptr<const Trie> trie_;
+    mutable std::atomic<const Trie*> trie_{nullptr};
+    std::shared_ptr<const Joints> joints_;
     std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
     PairTable pairs_;
     size_t longest_ = 0;

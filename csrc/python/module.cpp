@@ -1,6 +1,7 @@
 #include "python/common.h"
 
 #include "bpe/unicode_data.h"
+#include "python/ids.h"
 
 namespace fastformer::python {
 
@@ -43,7 +44,8 @@ PyObject* number_array(const uint32_t* data, size_t count) {
 namespace {
 
 int execute(PyObject* module) {
-    if (!add_engine_type(module) || !add_trainer_type(module)) return -1;
+    Ref ids(add_ids_type(module));
+    if (!ids || !add_engine_type(module) || !add_trainer_type(module)) return -1;
     if (PyModule_AddIntConstant(module, "best_isa", static_cast<long>(bpe::best_isa())) < 0) return -1;
     return PyModule_AddStringConstant(module, "unicode_version", unicode::kVersion);
 }

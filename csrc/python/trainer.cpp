@@ -1,6 +1,11 @@
 // The type Trainer: counts words of texts, then learns merges from them.
+#include <algorithm>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "bpe/buffer.h"
 #include "bpe/trainer.h"
@@ -18,26 +23,76 @@ struct TrainerObject {
 
 bpe::WordCounts& words_of(PyObject* self) { return *reinterpret_cast<TrainerObject*>(self)->words; }
 
+// Counts text[0, n), line by line or as a whole.
+void count_words(bpe::WordCounts& words, bpe::Pattern pattern, bool by_line, const uint8_t* text, size_t n) {
+    for (size_t i = 0; i < n;) {
+        const uint8_t* p = text + i;
+        const void* newline = by_line ? std::memchr(p, '\n', n - i) : nullptr;
+        size_t size = newline ? static_cast<size_t>(static_cast<const uint8_t*>(newline) - p) + 1 : n - i;
+        words.add_text(pattern, bpe::best_isa(), p, size);
+        i += size;
+    }
+}
+
+// The same for lines with several threads, each with counts of its own at first.
+void count_lines(bpe::WordCounts& words, bpe::Pattern pattern, const uint8_t* text, size_t n, size_t threads) {
+    std::vector<bpe::WordCounts> counts(threads - 1);
+    std::vector<std::exception_ptr> failed(threads - 1);
+    std::vector<std::thread> running;
+    auto cut = [&](size_t part) -> size_t {
+        if (part == 0 || part == threads) return part ? n : 0;
+        size_t from = n / threads * part;
+        const void* newline = std::memchr(text + from, '\n', n - from);
+        return newline ? static_cast<size_t>(static_cast<const uint8_t*>(newline) - text) + 1 : n;
+    };
+    auto work = [&](size_t part) {
+        try {
+            count_words(counts[part], pattern, true, text + cut(part), cut(part + 1) - cut(part));
+        } catch (...) {
+            failed[part] = std::current_exception();
+        }
+    };
+    try {
+        for (size_t part = 0; part + 1 < threads; part++) running.emplace_back(work, part);
+    } catch (const std::system_error&) {
+        // The system starts no more threads: this one does what is left.
+        for (size_t part = running.size(); part + 1 < threads; part++) work(part);
+    }
+    std::exception_ptr own;
+    try {
+        count_words(words, pattern, true, text + cut(threads - 1), n - cut(threads - 1));
+    } catch (...) {
+        own = std::current_exception();
+    }
+    for (std::thread& thread : running) thread.join();
+    if (own) std::rethrow_exception(own);
+    for (size_t part = 0; part + 1 < threads; part++) {
+        if (failed[part]) std::rethrow_exception(failed[part]);
+        words.merge(counts[part]);
+        counts[part] = bpe::WordCounts();
+    }
+}
+
 PyObject* add(PyObject* self, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* object;
         long number;
         int by_line;
-        if (!PyArg_ParseTuple(args, "Olp:add", &object, &number, &by_line)) return nullptr;
+        Py_ssize_t threads, base;
+        if (!PyArg_ParseTuple(args, "Olpnn:add", &object, &number, &by_line, &threads, &base)) return nullptr;
         Text text(object);
         bpe::Pattern pattern = pattern_from(number);
         size_t valid = text.is_str() ? text.size() : unicode::valid_utf8_prefix(text.data(), text.size());
         if (valid != text.size())
-            throw std::invalid_argument("the text is not UTF-8: byte " + std::to_string(valid) + " is no character");
+            throw std::invalid_argument("the text is not UTF-8: byte " +
+                                        std::to_string(valid + static_cast<size_t>(base)) + " is no character");
         // The trainer belongs to one call of training.train, so that no other thread touches its words.
         GilRelease release(text.size() >= kReleaseBytes);
-        for (size_t i = 0; i < text.size();) {
-            const uint8_t* p = text.data() + i;
-            const void* newline = by_line ? std::memchr(p, '\n', text.size() - i) : nullptr;
-            size_t n = newline ? static_cast<size_t>(static_cast<const uint8_t*>(newline) - p) + 1 : text.size() - i;
-            words_of(self).add_text(pattern, bpe::best_isa(), p, n);
-            i += n;
-        }
+        size_t parts = std::min<size_t>(static_cast<size_t>(std::max<Py_ssize_t>(threads, 1)), text.size() / (1 << 20) + 1);
+        if (by_line && parts > 1)
+            count_lines(words_of(self), pattern, text.data(), text.size(), parts);
+        else
+            count_words(words_of(self), pattern, by_line != 0, text.data(), text.size());
         return Py_NewRef(Py_None);
     });
 }
@@ -128,7 +183,7 @@ void free_trainer(PyObject* self) {
 }
 
 PyMethodDef methods[] = {
-    {"add", add, METH_VARARGS, "add(text, pattern, by_line): count the pretokens of a text"},
+    {"add", add, METH_VARARGS, "add(text, pattern, by_line, threads, base): count the pretokens of a text, which stands at byte `base` of its file"},
     {"add_pieces", add_pieces, METH_VARARGS, "add_pieces(text, ends): count pretokens that end at the uint32 offsets"},
     {"train", train, METH_VARARGS,
      "train(vocab_size, min_frequency, max_token_length, specials, progress) -> (tokens, uint32 merges)"},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import random
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,20 +101,22 @@ def _package_passages(folder: Path) -> Iterator[str]:
                 yield passage
 
 
-def read_corpus(path: Path, text_column: str, label_column: str) -> Corpus:
+def read_corpus(path: Path, text_column: str, label_column: str, known: Sequence[str] | None = None) -> Corpus:
     """Read passages and labels from a .csv file with a header line, or a .jsonl file with one object a line.
 
-    Both are UTF-8, with or without a byte order mark. Labels may be words or numbers; the classes are the distinct
-    labels, sorted. Rows whose text is empty are left out and counted in the corpus's note.
+    Both are UTF-8, with or without a byte order mark, plain or compressed (.csv.gz, .jsonl.gz). Labels may be words or
+    numbers; the classes are the distinct labels, sorted, or those `known` from the training file. Rows whose text is
+    empty are left out and counted in the corpus's note.
     Raises UserError, naming the line where there is one, for anything that cannot be read as that.
     """
-    if path.suffix.lower() == ".csv":
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".csv"):
         rows = _csv_rows
-    elif path.suffix.lower() == ".jsonl":
+    elif name.endswith(".jsonl"):
         rows = _jsonl_rows
     else:
-        raise UserError(f"--data needs a file that ends in .csv or .jsonl, got {path}")
-    content = _read_text(path)
+        raise UserError(f"--data needs a file that ends in .csv or .jsonl (or that and .gz), got {path}")
+    content = read_text(path)
     texts: list[str] = []
     labels: list[str] = []
     empty = 0
@@ -124,6 +128,10 @@ def read_corpus(path: Path, text_column: str, label_column: str) -> Corpus:
             empty += 1
     if not texts:
         raise UserError(f"{path} holds no rows with text in {text_column!r}")
+    note = f"{empty} rows without text were left out" if empty else ""
+    if known is not None:
+        check_labels(path, labels, known)
+        return Corpus(texts, [known.index(label) for label in labels], list(known), str(path), note)
     # Numbers in their own order: "10" after "9".
     names = sorted(set(labels), key=lambda name: (0, int(name), name) if _is_count(name) else (1, 0, name))
     if len(names) == 1:
@@ -134,19 +142,37 @@ def read_corpus(path: Path, text_column: str, label_column: str) -> Corpus:
             "that is no column of classes"
         )
     index = {name: k for k, name in enumerate(names)}
-    note = f"{empty} rows without text were left out" if empty else ""
     return Corpus(texts, [index[label] for label in labels], names, str(path), note)
+
+
+def check_labels(path: Path, labels: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UserError where a file has labels that are not among those known from the training file."""
+    unknown = sorted(set(labels).difference(known))
+    if unknown:
+        raise UserError(
+            f"{path} holds labels that the training data does not have: {', '.join(map(repr, unknown[:5]))}"
+            f"{' and more' if len(unknown) > 5 else ''}; known are {', '.join(map(repr, known[:10]))}"
+            f"{' and more' if len(known) > 10 else ''}"
+        )
 
 
 def _is_count(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 19
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, decompressed if its name ends in .gz.
+
+    Raises UserError where there is none, or it is empty, no UTF-8 (naming the line) or no gzip file.
+    """
     try:
         content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is no whole gzip file: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:

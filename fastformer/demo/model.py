@@ -25,21 +25,29 @@ def new_tokenizer(texts: list[str], progress: Callable[[int], object]) -> BPETok
 
 
 def new_model(vocab_size: int, pad_id: int, names: list[str], max_length: int, seed: int) -> nn.Module:
-    """A small BERT classifier with random weights in BERT's proportions: heads of 64, feed-forward 4x, dropout 0.1."""
-    from transformers import BertConfig, BertForSequenceClassification
+    """A small BERT classifier with random weights."""
+    from transformers import BertForSequenceClassification
 
     torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HIDDEN // 64,
-            intermediate_size=4 * HIDDEN,
-            max_position_embeddings=max_length,
-            pad_token_id=pad_id,
-            **_labels(names),
-        )
+    return BertForSequenceClassification(bert_config(vocab_size, pad_id, max_length, HIDDEN, LAYERS, **labels(names)))
+
+
+def bert_config(vocab_size: int, pad_id: int, max_length: int, width: int, layers: int, **settings: Any) -> Any:
+    """A configuration in BERT's proportions: heads of 64 (one narrower head below that), feed-forward 4x, dropout 0.1.
+
+    width: of the hidden states, a multiple of 64 or less than 64; settings: more fields of a BertConfig.
+    """
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        max_position_embeddings=max_length,
+        pad_token_id=pad_id,
+        **settings,
     )
 
 
@@ -50,33 +58,46 @@ def load_checkpoint(
 
     Raises UserError where either cannot be loaded, or the model has fewer positions than max_length.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"--model {name} cannot be loaded: there is no such folder")  # and no name on a hub
     torch.manual_seed(seed)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
-            problem_type="single_label_classification",
-            **_labels(names),
-        )
-    except Exception as error:  # whatever a broken checkpoint raises, its first line says what is wrong with it
-        raise UserError(f"--model {name} cannot be loaded: {one_line(error)}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
-    except Exception as error:
-        which = f"--tokenizer {tokenizer_name}" if tokenizer_name else f"the tokenizer of --model {name}"
-        raise UserError(f"{which} cannot be loaded: {one_line(error)}") from None
-    limit = position_limit(model)
-    if limit is not None and max_length > limit:
-        raise UserError(f"--max-length {max_length} is more than the {limit} positions of --model {name}")
-    encoder = checkpoint_encoder(tokenizer, max_length)
+    settings = {"problem_type": "single_label_classification", **labels(names)}
+    model = load_model(name, "AutoModelForSequenceClassification", max_length, **settings)
+    which = f"--tokenizer {tokenizer_name}" if tokenizer_name else f"the tokenizer of --model {name}"
+    encoder = checkpoint_encoder(load_tokenizer(tokenizer_name or name, which), max_length)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = encoder.pad_id
     return model, encoder
+
+
+def load_model(name: str, kind: str, max_length: int, **settings: Any) -> Any:
+    """A Hugging Face checkpoint in fp32 as the class `kind` of transformers ("AutoModelFor..."); a head that does not
+    fit is replaced by a new one.
+
+    Raises UserError where it cannot be loaded, or has fewer positions than max_length.
+    """
+    import transformers
+
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"--model {name} cannot be loaded: there is no such folder")  # and no name on a hub
+    try:
+        model = getattr(transformers, kind).from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, **settings
+        )
+    except Exception as error:  # whatever a broken checkpoint raises, its first line says what is wrong with it
+        raise UserError(f"--model {name} cannot be loaded: {one_line(error)}") from None
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise UserError(f"--max-length {max_length} is more than the {limit} positions of --model {name}")
+    return model
+
+
+def load_tokenizer(name: str, which: str) -> Any:
+    """A Hugging Face tokenizer. Raises UserError, which calls it `which`, where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"{which} cannot be loaded: {one_line(error)}") from None
 
 
 def position_limit(model: Any) -> int | None:
@@ -88,5 +109,6 @@ def position_limit(model: Any) -> int | None:
     return limit
 
 
-def _labels(names: list[str]) -> dict[str, Any]:
+def labels(names: list[str]) -> dict[str, Any]:
+    """The fields of a configuration that name its classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}

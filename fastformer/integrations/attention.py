@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastformer.integrations.attend import attend, attend_packed
+from fastformer.integrations.attend import attend, attend_packed, attend_with_weights
 from fastformer.integrations.masks import mask_forward
 from fastformer.integrations.plan import (
     Plan,
@@ -32,7 +32,6 @@ from fastformer.nn.counters import count_fused
 from fastformer.ops.packing import Packing
 
 NAME = "fastformer"
-_WEIGHT_COLUMNS = 128
 # Set around a base model's forward whose own code keeps output_attentions from its attention modules (GPT-2).
 WANTS_WEIGHTS: ContextVar[bool] = ContextVar("fastformer_wants_weights", default=False)
 
@@ -47,6 +46,10 @@ _WITHOUT_EFFECT = frozenset(
 @functools.cache
 def register() -> None:
     """Make `attn_implementation="fastformer"` known to transformers, attention and mask function alike.
+
+    Attention is all it changes: padding goes from the whole model only by `fastformer.patch`. A packed row needs
+    cu_seq_lens_q and its kin where a model keeps its position_ids from its attention (DistilBERT, ModernBERT, T5, BART,
+    ViT): by positions alone, nothing there tells it from one long sequence. A patched model reads them itself.
 
     Raises:
         ImportError: transformers is missing, or older than its attention interface.
@@ -135,8 +138,10 @@ def attention_forward(
         if out is not None:
             return out, None
     mask = _dense_mask(plan, dense_mask, position_bias, query.dtype)
-    out = attend(query, key, value, attn_mask=mask, **options).transpose(1, 2)
-    return out, _weights(query, key, mask, options) if wants_weights else None
+    if wants_weights:
+        out, weights = attend_with_weights(query, key, value, attn_mask=mask, **options)
+        return out.transpose(1, 2), weights
+    return attend(query, key, value, attn_mask=mask, **options).transpose(1, 2), None
 
 
 def _packing(
@@ -223,18 +228,6 @@ def _biased(
     mask = bias.to(query.dtype).masked_fill(~packing.places()[:, None, None, :], -torch.inf)
     out = attend(q, k, v, attn_mask=mask, **options)
     return packing.pack(out.transpose(1, 2))[None]
-
-
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """The attention weights [batch, heads, seqlen_q, seqlen_k], before dropout: attention to the unit vectors."""
-    batch, heads, length, _ = key.shape
-    parts = []
-    for start in range(0, length, _WEIGHT_COLUMNS):
-        unit = torch.eye(length, dtype=key.dtype, device=key.device)[:, start : start + _WEIGHT_COLUMNS]
-        values = unit.expand(batch, heads, -1, -1)
-        kept = {**options, "dropout_p": 0.0}
-        parts.append(attend(query, key, values, attn_mask=mask, **kept))
-    return torch.cat(parts, -1)
 
 
 def _dense_mask(

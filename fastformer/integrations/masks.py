@@ -35,7 +35,8 @@ def mask_forward(**call: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     pattern = _Pattern()
-    if _read(call["mask_function"], pattern) and not call.get("use_vmap") and _fits(call, pattern):
+    understood = _read(call["mask_function"], pattern) and not call.get("use_vmap") and _fits(call, pattern)
+    if understood and not torch.compiler.is_exporting():
         return PlanMask.carrying(_plan(call, pattern), _device(call))
     return sdpa_mask(**{**call, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 

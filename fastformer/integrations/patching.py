@@ -51,7 +51,7 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
+def patch(model: torch.nn.Module, unpad: str | bool = "auto", fused_loss: bool = False) -> PatchReport:
     """Speed up a stock Hugging Face or torch.nn model in place.
 
     Parameters, state_dict keys, hooks and outputs stay what they are; only forward methods of this one instance change,
@@ -63,20 +63,26 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
             a mask that has padding; outputs at padded positions are zero then. "auto" does it too, unless a row of an
             encoder's batch begins with padding: heads that pool the first place would read such a zero. False keeps
             padded tensors (for a model whose outputs at padded positions are used).
+        fused_loss: compute the loss of a language model's head (causal, masked or behind an encoder-decoder) from its
+            hidden states, so that the logits of a batch never exist: same loss and gradients, but the output's `logits`
+            is None while the model is in training mode and gets labels. In evaluation they are there.
 
     Returns:
         A report; print it. It is falsy if nothing was replaced.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: `unpad` is not "auto", True or False.
+        ValueError: `unpad` is not "auto", True or False, or `fused_loss` not True or False.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if unpad not in UNPAD_CHOICES:
         raise ValueError(f'unpad must be "auto", True or False, got {unpad!r}')
+    if fused_loss not in (True, False):
+        raise ValueError(f"fused_loss must be True or False, got {fused_loss!r}")
     unpatch(model)
     report = PatchReport(type(model).__name__)
+    output_layers: set[torch.nn.Module] = set()
     unsupported = _read_version(report)
     unpads = False
     owners: list[tuple[str, bool]] = []
@@ -84,11 +90,24 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
         in_transformers = _is_transformers(module) or any(_below(path, root) for root, owns in owners)
         if unsupported and in_transformers:
             continue
-        rule = families.rule_for(module, in_transformers, any(owns and _below(path, root) for root, owns in owners))
+        norms_owned = any(owns and _below(path, root) for root, owns in owners)
+        rule = families.rule_for(module, in_transformers, norms_owned)
+        if module in output_layers:
+            rule = families.losses.OUTPUT_LAYER
+        elif fused_loss and (linear := families.losses.linear_rule(module)) is not None:
+            why_not = linear.reason_against(module)
+            if why_not:
+                report.skipped.append((path, f"its loss takes logits: {why_not}"))
+            else:
+                rule = linear
+                output_layers.add(module.get_output_embeddings())
         reason = "" if rule is None else rule.reason_against(module)
         if _is_transformers(module):
             owners.append((path, rule is not None and rule.owns_norms and not reason))
         if rule is None:
+            base = families.known_base(module)
+            if base:
+                report.skipped.append((path, f"{type(module).__name__} derives from {base} and may compute otherwise"))
             continue
         if reason:
             report.skipped.append((path, reason))
@@ -99,6 +118,8 @@ def patch(model: torch.nn.Module, unpad: str | bool = "auto") -> PatchReport:
             unpads = True
             # An ordinary attribute: it travels with deepcopy and pickle, and unpatch takes it away.
             module.fastformer_unpad = unpad
+    if fused_loss and not output_layers and not unsupported:
+        report.notes.append("fused_loss: found no language model's head whose loss can do without logits")
     if unpads:
         report.unpad = (
             "removed for the whole encoder (one host read a batch when the mask is on a GPU)"

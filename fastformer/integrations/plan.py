@@ -43,6 +43,10 @@ class Plan:
         """[1, rows, ...] back to [batch, seqlen, ...]; without a packing, `hidden` itself."""
         return hidden if self.packing is None else self.packing.pad(hidden.squeeze(0))
 
+    def repack(self, hidden: Tensor) -> Tensor:
+        """[batch, seqlen, ...] to [1, rows, ...]; without a packing, `hidden` itself."""
+        return hidden if self.packing is None else self.packing.pack(hidden)[None]
+
 
 class PlanMask(Tensor):
     """A four-dimensional tensor without meaning that carries a `Plan`."""
@@ -71,7 +75,9 @@ def plan_in(attention_mask: Any) -> Plan | None:
 
 
 def packing_from_mask(mask: Tensor) -> Packing | None:
-    """As `packing_of`, but None if the mask hides nothing."""
+    """As `packing_of`, but None if the mask hides nothing, or for a graph to export, which serves any mask."""
+    if torch.compiler.is_exporting():
+        return None
     packing = packing_of(mask)
     return packing if packing.has_padding else None
 
@@ -121,6 +127,8 @@ def packing_from_positions(position_ids: Tensor | None) -> Packing | None:
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1 or position_ids.shape[1] < 2:
         return None
+    if torch.compiler.is_exporting():
+        return None  # an exported graph cannot tell a packed row from another
     if position_ids.device.type != "cpu":
         count_host_read()
     row = position_ids[0].cpu()

@@ -9,13 +9,20 @@ from fastformer.integrations.attention import register
 from fastformer.integrations.collating import PackedCollator, TokenBudget
 
 if TYPE_CHECKING:
+    from fastformer.compress.callback import AdaptiveCompressionCallback
     from fastformer.integrations.tokenizing import FastTokenizer
 
-__all__ = ["FastTokenizer", "PackedCollator", "TokenBudget", "register"]
+__all__ = ["AdaptiveCompressionCallback", "FastTokenizer", "PackedCollator", "TokenBudget", "register"]
+
+
+# What derives from transformers' classes stands in modules that import transformers.
+_HOMES = {
+    "AdaptiveCompressionCallback": "fastformer.compress.callback",
+    "FastTokenizer": "fastformer.integrations.tokenizing",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The tokenizer derives from transformers' class, so its module imports transformers.
-    if name == "FastTokenizer":
-        return importlib.import_module("fastformer.integrations.tokenizing").FastTokenizer
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.masks import is_mask, made_causal, merge_masks
 from fastformer.nn.packed import PackedKeys, rebuild_nested, unbind_nested
 from fastformer.nn.parts import stands_for
+from fastformer.nn.recording import record
 from fastformer.ops.attention import attention_weights
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
@@ -64,6 +65,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             else self._why_not_fused(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         )
         if reason:
+            if self.num_heads * self.head_dim != self.embed_dim:
+                raise ValueError(f"attention with pruned heads has no stock forward to take for this call: {reason}")
             count_fallback("MultiheadAttention", reason)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -176,6 +179,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **rules).to(out.dtype)
         else:
             out = ops.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        record(q, k, v, out, {"attn_mask": mask, "is_causal": is_causal})
         return self._project_out(out, seq_first), weights
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, where: PackedKeys, is_causal: bool) -> Tensor:
@@ -192,6 +196,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
+        record(q, k, v, out, {"is_causal": is_causal}, where.query.cu_seqlens, where.key.cu_seqlens)
         return F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
 
     def _nested(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -215,14 +220,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError("decoding with a cache takes neither add_bias_kv nor add_zero_attn")
         seq_first = not self.batch_first
+        dropout_p = self.dropout if self.training else 0.0
         if cache.fixed:
-            q = self._project_query(query)
+            q = _heads_first(self._project_query(query), seq_first)
             if not cache.length:
                 cache.append(*(_heads_first(t, seq_first) for t in self._project_keys(key, value)))
         else:
-            q, k, v = self._project(query, key, value)
-            cache.append(_heads_first(k, seq_first), _heads_first(v, seq_first))
-        q = _heads_first(q, seq_first)
+            q, k, v = (_heads_first(t, seq_first) for t in self._project(query, key, value))
+            if key_padding_mask is None and not dropout_p and cache.attends(q, k, v):
+                return self._project_out(cache.append_and_attend(q, k, v, is_causal), seq_first)
+            cache.append(k, v)
         k, v = cache.read()
         if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], k.shape[2]):
             raise ValueError(
@@ -234,7 +241,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k,
             v,
             attn_mask=merge_masks(key_padding_mask, None, q.shape[0], self.num_heads, query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             is_causal=is_causal and q.shape[2] > 1,  # the last token sees everything
             causal_alignment="bottom-right",
         )
@@ -249,13 +256,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._project_query(query), *self._project_keys(key, value)
 
     def _project_query(self, query: Tensor) -> Tensor:
-        size = self.embed_dim
+        size = self.num_heads * self.head_dim  # less than embed_dim where heads were pruned
         weight = self.in_proj_weight[:size] if self._qkv_same_embed_dim else self.q_proj_weight
         bias = None if self.in_proj_bias is None else self.in_proj_bias[:size]
         return F.linear(query, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
 
     def _project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.embed_dim
+        size = self.num_heads * self.head_dim  # less than embed_dim where heads were pruned
         bias = None if self.in_proj_bias is None else self.in_proj_bias[size:]
         if self._qkv_same_embed_dim and key is value:
             joint = F.linear(key, self.in_proj_weight[size:], bias)

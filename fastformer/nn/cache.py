@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastformer import ops
+from fastformer.ops.backend import backend_for
+from fastformer.ops.validate import FLOATS
+
 
 class AttentionCache:
     """Keys and values of one attention, [batch, heads, tokens, head_dim] each.
@@ -25,21 +29,67 @@ class AttentionCache:
         if self._key is None or self._value is None:
             self._key, self._value, self.length = key, value, key.shape[2]
             return
-        if key.shape[0] != self._key.shape[0]:
-            raise ValueError(f"the cache holds a batch of {self._key.shape[0]}, got one of {key.shape[0]}")
+        self._check_batch(key)
         self._key, self._value = self._grown(self._key, key), self._grown(self._value, value)
         self.length += key.shape[2]
+
+    def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `append_and_attend` takes this step: on the kernels' devices, where no derivative is asked for.
+
+        Elsewhere PyTorch's attention over `read()` is faster than the composite behind `ops.attention_kv_cache`.
+        """
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (query, key, value, self._key, self._value)
+        ):
+            return False
+        return query.dtype in FLOATS and backend_for(query.device) == "triton"
+
+    def append_and_attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        """Add key and value and attend to all so far, in one call of `ops.attention_kv_cache`.
+
+        Args:
+            query, key, value: [batch, heads, new tokens, head_dim].
+            is_causal: whether a new token is hidden from those before it.
+
+        Returns:
+            [batch, heads, new tokens, head_dim], without a derivative.
+        """
+        if self._key is None or self._value is None:
+            self._key, self._value = key[:, :, :0], value[:, :, :0]
+        self._check_batch(key)
+        end = self.length + key.shape[2]
+        self._key, self._value = self._with_room(self._key, end), self._with_room(self._value, end)
+        out = ops.attention_kv_cache(
+            query.transpose(1, 2),
+            self._key.transpose(1, 2),
+            self._value.transpose(1, 2),
+            torch.full((key.shape[0],), self.length, dtype=torch.int32, device=key.device),
+            k=key.transpose(1, 2),
+            v=value.transpose(1, 2),
+            is_causal=is_causal,
+        )
+        self.length = end
+        return out.transpose(1, 2)
+
+    def _check_batch(self, key: Tensor) -> None:
+        if self._key is not None and key.shape[0] != self._key.shape[0]:
+            raise ValueError(f"the cache holds a batch of {self._key.shape[0]}, got one of {key.shape[0]}")
 
     def _grown(self, kept: Tensor, new: Tensor) -> Tensor:
         end = self.length + new.shape[2]
         if torch.is_grad_enabled() and (kept.requires_grad or new.requires_grad):
             return torch.cat((kept[:, :, : self.length], new), 2)
+        kept = self._with_room(kept, end)
+        kept[:, :, self.length : end] = new
+        return kept
+
+    def _with_room(self, kept: Tensor, end: int) -> Tensor:
+        """`kept`, or a larger copy, with room for `end` tokens, that may be written to."""
         # The tensor of the first call belongs to the caller's graph of views: never written to, only copied.
         if end > kept.shape[2] or kept.is_inference() != torch.is_inference_mode_enabled():
             room = kept.new_empty(*kept.shape[:2], max(end, 2 * kept.shape[2]), kept.shape[3])
             room[:, :, : self.length] = kept[:, :, : self.length]
             kept = room
-        kept[:, :, self.length : end] = new
         return kept
 
     def read(self) -> tuple[Tensor, Tensor]:

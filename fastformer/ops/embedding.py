@@ -115,7 +115,10 @@ def _reference(arguments: tuple[Any, ...], p: float, eps: float, padding_idx: in
 
 
 def _fits(width: int) -> bool:
-    return 0 < width <= kernels("embedding").MAXIMUM_WIDTH
+    # An import of its own: torch.compile follows this one, and would not follow `kernels`.
+    from fastformer.kernels.embedding import MAXIMUM_WIDTH
+
+    return 0 < width <= MAXIMUM_WIDTH
 
 
 def _forward(

@@ -79,13 +79,16 @@ class Kernel:
         function: implementation with a schema-inferable signature (Tensor, Tensor | None, int, float, bool, str);
             returns a Tensor or a tuple of Tensors that alias neither each other nor an input.
         fake: same signature, returns empty tensors of the right shape, dtype and device.
+        mutates: names of the arguments that the function writes to.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         self.function = on_its_device(function)
-        schema = torch.library.infer_schema(function, mutates_args=())
-        self.op = torch.library.custom_op(f"fastformer::{name}", self.function, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        self.op = torch.library.custom_op(f"fastformer::{name}", self.function, mutates_args=mutates, schema=schema)
         self.op.register_fake(fake)
 
     def __call__(self, *args: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastformer.ops.backend import backend_for
 from fastformer.ops.operator import Kernel, Operator, is_plain, kernels, on_its_device, say_once
-from fastformer.ops.validate import FLOATS, check_tensor
+from fastformer.ops.validate import FLOATS, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
 
@@ -53,7 +53,8 @@ def rotary_embedding(
     if key is not None:
         check_tensor("key", key, dtypes=_DTYPES, shape=(*lead, None, width), device=device)
     for name, table in (("cos", cos), ("sin", sin)):
-        check_tensor(name, table, dtypes=_DTYPES, device=device)
+        if name == "cos" or not matches(table, cos.shape, device):
+            check_tensor(name, table, dtypes=_DTYPES, device=device)
         if table.shape != cos.shape or table.ndim not in (2, 3) or 2 * table.shape[-1] > width:
             raise ValueError(
                 f"{name} must be (positions, R / 2) or (batch, positions, R / 2) with R <= {width} and cos and sin "
@@ -77,8 +78,9 @@ def rotary_embedding(
         raise ValueError(f"cos must have a row for each of {tokens[1]} positions, got {cos.shape[0]}")
     if inplace:
         _check_inplace(query, key)
-    q = query.reshape(*tokens, *query.shape[-2:])
-    k = None if key is None else key.reshape(*tokens, *key.shape[-2:])
+    packed = query.ndim == 3
+    q = query.unsqueeze(0) if packed else query
+    k = key.unsqueeze(0) if packed and key is not None else key
     wide = query.dtype == torch.float64 or (key is not None and key.dtype == torch.float64)
     options = (position_ids, interleaved, by_token)
     if backend_for(device) == "torch" or wide:
@@ -90,10 +92,11 @@ def rotary_embedding(
             return query, key
         q_out, k_out = _rotary_op(q, k, cos, sin, *options)
     assert q_out is not None
+    if packed:
+        q_out, k_out = q_out.squeeze(0), None if key is None or k_out is None else k_out.squeeze(0)
     if inplace:
-        query.copy_(q_out.reshape(query.shape))
-        return query, None if key is None or k_out is None else key.copy_(k_out.reshape(key.shape))
-    return q_out.reshape(query.shape), None if key is None or k_out is None else k_out.reshape(key.shape)
+        return query.copy_(q_out), None if key is None or k_out is None else key.copy_(k_out)
+    return q_out, None if key is None else k_out
 
 
 def _check_inplace(query: Tensor, key: Tensor | None) -> None:

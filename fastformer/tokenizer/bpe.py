@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fastformer.tokenizer import files, huggingface
+from fastformer.tokenizer import _bpe, files, huggingface, image
 from fastformer.tokenizer import padding as _padding
 from fastformer.tokenizer.added import matcher, split
 from fastformer.tokenizer.compat import TiktokenEncoding
-from fastformer.tokenizer.model import Model
+from fastformer.tokenizer.model import Compiled, Model
 from fastformer.tokenizer.normalize import normalize
 from fastformer.tokenizer.patterns import Pattern
 from fastformer.tokenizer.streaming import StreamDecoder
@@ -20,7 +21,7 @@ from fastformer.tokenizer.streaming import StreamDecoder
 Special = Literal["all"] | Collection[str]
 
 
-class BPETokenizer:
+class BPETokenizer(_bpe.Encoding):
     """A byte-level BPE tokenizer whose ids are those of tiktoken and Hugging Face tokenizers on every string.
 
     Text that looks like a special token is ordinary text unless `allowed_special` names it. Lone surrogates in a str
@@ -35,6 +36,7 @@ class BPETokenizer:
         self._engine = model.engine()
         # The scanner's number where text goes to the engine as it is, None where Python has something to do first.
         self._number = model.pattern.number if model.plain else None
+        self._bind(self._engine, -1 if self._number is None else self._number)
         self._specials = {name: token.id for name, token in model.added.items() if token.special}
         self._raw = {name: token for name, token in model.added.items() if not token.normalized}
         self._normalized = {self._normalize(n): token for n, token in model.added.items() if token.normalized}
@@ -46,8 +48,10 @@ class BPETokenizer:
         """Load a vocabulary.
 
         Args:
-            path: a `.tiktoken` file, a `tokenizer.json`, or a folder that holds tokenizer.json, vocab.json and
-                merges.txt, or encoder.json and vocab.bpe.
+            path: a `.tiktoken` file, a `tokenizer.json`, a `.ffbpe` file that `save` wrote, or a folder that holds
+                tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe. With the environment variable
+                FASTFORMER_TOKENIZER_CACHE naming a folder, what is built is kept there as .ffbpe and found the next
+                time; what is found there damaged or stale is built anew.
             pattern: "gpt2", "cl100k", "o200k", "llama3", "qwen2", "deepseek", "whole", or a regular expression. By
                 default what tokenizer.json says, "gpt2" for the other formats.
             special_tokens: strings and their ids, on top of those that the file names.
@@ -68,6 +72,7 @@ class BPETokenizer:
         min_frequency: int = 0,
         max_token_length: int | None = None,
         progress: bool | Callable[[int], object] = False,
+        threads: int = 1,
     ) -> BPETokenizer:
         """Learn a vocabulary; the merges are those of Hugging Face's BpeTrainer over the whole ByteLevel alphabet.
 
@@ -75,25 +80,10 @@ class BPETokenizer:
         """
         from fastformer.tokenizer import training
 
-        return cls(
-            training.train(source, vocab_size, pattern, special_tokens, min_frequency, max_token_length, progress)
-        )
+        options = (pattern, special_tokens, min_frequency, max_token_length, progress, threads)
+        return cls(training.train(source, vocab_size, *options))
 
-    # Encoding
-
-    def encode(
-        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
-    ) -> list[int]:
-        """The ids of `text`.
-
-        Args:
-            text: str, or UTF-8 in anything with the buffer protocol.
-            allowed_special: special tokens to recognise; "all" for every one.
-            disallowed_special: special tokens whose text raises ValueError; "all" for every one not allowed.
-        """
-        if allowed_special or disallowed_special or self._number is None:
-            return self._encode_added(text, allowed_special, disallowed_special).tolist()
-        return self._engine.encode(text, self._number)
+    # Encoding; `encode` itself is the engine's, which comes back to _encode where Python has something to do.
 
     def encode_array(
         self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
@@ -101,27 +91,48 @@ class BPETokenizer:
         """The ids of `text` as a uint32 array [tokens]; arguments as for `encode`."""
         if allowed_special or disallowed_special or self._number is None:
             return self._encode_added(text, allowed_special, disallowed_special)
-        return np.frombuffer(self._engine.encode_array(text, self._number), dtype=np.uint32)
+        return _numbers(self._engine.encode_array(text, self._number), np.uint32)
 
-    def encode_packed(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1]."""
+    def encode_packed(self, texts: Any, *, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts in one uint32 array [tokens], and where each text begins: int32 [texts + 1].
+
+        Args:
+            texts: a sequence of str and bytes-like objects, or an Arrow array, chunked array or column of strings
+                (anything with `__arrow_c_array__` or `__arrow_c_stream__`), which is read where it lies. A null has
+                no ids.
+            threads: how many to work on it at most, without the GIL; each has caches of its own, of up to 64 MB.
+        """
         if isinstance(texts, str | bytes):
             raise TypeError(f"texts must be a sequence of texts, got one {type(texts).__name__}")
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads must be an int of at least 1, got {threads!r}")
         if self._number is None:
+            if hasattr(texts, "__arrow_c_array__") or hasattr(texts, "__arrow_c_stream__"):
+                texts = [text or "" for text in texts.to_pylist()]
             parts = [self._encode_added(text, (), ()) for text in texts]
             lengths = np.fromiter((len(part) for part in parts), np.int32, len(parts))
             ids = np.concatenate([*parts, np.empty(0, np.uint32)])
             return ids, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-        packed, offsets = self._engine.encode_batch(texts, self._number)
-        return np.frombuffer(packed, dtype=np.uint32), np.frombuffer(offsets, dtype=np.int32)
+        packed, offsets = self._engine.encode_batch(texts, self._number, threads)
+        return _numbers(packed, np.uint32), _numbers(offsets, np.int32)
 
     def encode_batch(
-        self, texts: Sequence[str | bytes], *, allowed_special: Special = (), disallowed_special: Special = ()
+        self,
+        texts: Sequence[str | bytes],
+        *,
+        allowed_special: Special = (),
+        disallowed_special: Special = (),
+        threads: int = 1,
     ) -> list[list[int]]:
-        """The ids of each text; arguments as for `encode`."""
-        return [
-            self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special) for text in texts
-        ]
+        """The ids of each text; arguments as for `encode` and `encode_packed`."""
+        if allowed_special or disallowed_special or self._number is None:
+            return [
+                self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+                for text in texts
+            ]
+        packed, offsets = self.encode_packed(texts, threads=threads)
+        ids, ends = packed.tolist(), offsets.tolist()
+        return [ids[low:high] for low, high in itertools.pairwise(ends)]
 
     def encode_with_offsets(
         self, text: str | bytes, *, unit: Literal["character", "byte"] = "character", allowed_special: Special = ()
@@ -210,7 +221,7 @@ class BPETokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the highest id: the number of rows that an embedding needs."""
-        return 1 + max([*self._model.vocab.values(), *(token.id for token in self._model.added.values())])
+        return self._engine.id_limit()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -242,13 +253,18 @@ class BPETokenizer:
         return TiktokenEncoding(self, name)
 
     def save(self, path: str | Path) -> None:
-        """Write `path`: a `.tiktoken` file, or a tokenizer.json for `.json` and for a folder (anything else).
+        """Write `path`: a `.tiktoken` file, a `.ffbpe` file, or a tokenizer.json for `.json` and for a folder
+        (anything else). A `.ffbpe` file is the engine's own form: it holds everything, loads at once, and is read by
+        versions of the library that share its format only.
 
         Raises:
             ValueError: the format cannot say what this tokenizer does. A .tiktoken file holds neither merges nor
                 special tokens, so the merges must follow from the ids, and special tokens are left out.
         """
         path = Path(path)
+        if path.suffix == ".ffbpe":
+            files.write_atomic(path, image.dumps(self._model, self._engine))
+            return
         if path.suffix == ".tiktoken":
             if not self._model.plain:
                 raise ValueError(
@@ -268,9 +284,7 @@ class BPETokenizer:
     def _merges(self) -> list[tuple[bytes, bytes]]:
         if self._model.merges is not None:
             return self._model.merges
-        token_of = {number: token for token, number in self._model.vocab.items()}
-        rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3).tolist()
-        return [(token_of[left], token_of[right]) for left, right, _ in rows]
+        return Compiled(self._engine, True, self._model.pattern, {}).merges or []
 
     def _same_merges(self, other: Model) -> bool:
         rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3)
@@ -279,6 +293,13 @@ class BPETokenizer:
         return self._model.whole_piece or len(rows) + 256 == len(self._model.vocab)
 
     # Details
+
+    def _encode(
+        self, text: str | bytes, *, allowed_special: Special = (), disallowed_special: Special = ()
+    ) -> list[int]:
+        if allowed_special or disallowed_special or self._number is None:
+            return self._encode_added(text, allowed_special, disallowed_special).tolist()
+        return self._engine.encode(text, self._number)
 
     def _special_set(self, which: Special, name: str) -> frozenset[str]:
         if isinstance(which, str):
@@ -322,11 +343,11 @@ class BPETokenizer:
             text = " " + text
         pattern = self._model.pattern
         if pattern.number is not None:
-            return np.frombuffer(self._engine.encode_array(text, pattern.number), dtype=np.uint32)
-        return np.frombuffer(self._engine.encode_pieces(text, pattern.boundaries(text)), dtype=np.uint32)
+            return _numbers(self._engine.encode_array(text, pattern.number), np.uint32)
+        return _numbers(self._engine.encode_pieces(text, pattern.boundaries(text)), np.uint32)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._model,)
+        return _unpickle, (type(self), image.dumps(self._model, self._engine))
 
     def __copy__(self) -> BPETokenizer:
         return self
@@ -336,6 +357,14 @@ class BPETokenizer:
 
     def __repr__(self) -> str:
         return f"<BPETokenizer of {self.vocab_size} ids, pattern {self._model.pattern.name!r}>"
+
+
+def _unpickle(cls: type[BPETokenizer], data: bytes) -> BPETokenizer:
+    return cls(image.loads(data))
+
+
+def _numbers(ids: _bpe.Ids, dtype: type[np.generic]) -> np.ndarray:
+    return np.frombuffer(ids, dtype=dtype)  # type: ignore[call-overload]
 
 
 def _as_str(data: Any) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from fastformer.tokenizer import unstable
 
 if TYPE_CHECKING:
     from fastformer.tokenizer.bpe import BPETokenizer
@@ -14,7 +17,7 @@ Special = Literal["all"] | Collection[str]
 
 
 class TiktokenEncoding:
-    """See tiktoken.Encoding; `encode_with_unstable` is the one method that is not there."""
+    """See tiktoken.Encoding."""
 
     def __init__(self, tokenizer: BPETokenizer, name: str) -> None:
         self.name = name
@@ -50,6 +53,17 @@ class TiktokenEncoding:
         return self._tokenizer.encode_batch(
             text, allowed_special=allowed_special, disallowed_special=disallowed_special
         )
+
+    def encode_with_unstable(
+        self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
+    ) -> tuple[list[int], list[list[int]]]:
+        """The ids that more text cannot change, and the ways in which the rest of `text` may go on."""
+        ids = self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        return unstable.split(self._tokenizer, ids, self._sorted_tokens)
+
+    @functools.cached_property
+    def _sorted_tokens(self) -> list[bytes]:
+        return sorted(self._tokenizer.vocab)
 
     def encode_single_token(self, text_or_bytes: str | bytes) -> int:
         return self._tokenizer.token_to_id(text_or_bytes)
@@ -87,7 +101,7 @@ class TiktokenEncoding:
         return [self._tokenizer.decode_bytes(tokens) for tokens in batch]
 
     def token_byte_values(self) -> list[bytes]:
-        return sorted(self._tokenizer.vocab)
+        return list(self._sorted_tokens)
 
     @property
     def eot_token(self) -> int:

@@ -7,16 +7,16 @@ Writers put a temporary file beside the target and rename it, so that a reader n
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastformer.tokenizer.model import Model, specials
+from fastformer.tokenizer import _bpe, image
+from fastformer.tokenizer.model import Compiled, Model, added_arrays, check_added, specials
 from fastformer.tokenizer.patterns import Pattern, resolve
 
 GPT2_END = "<|endoftext|>"
@@ -87,19 +87,13 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 def load_tiktoken(path: Path, pattern: Pattern, special_tokens: dict[str, int]) -> Model:
     """One token a line, base64 and rank. The rank is both the id and the order of merging."""
-    vocab: dict[bytes, int] = {}
-    for number, line in enumerate(read(path).splitlines(), 1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            key, value = binascii.a2b_base64(token, strict_mode=True), int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(f"{path}, line {number}: needs a base64 token and a rank, got {line[:80]!r}") from None
-        if key in vocab:
-            raise ValueError(f"{path}, line {number}: the token {key!r} stands there twice")
-        vocab[key] = value
-    return Model(vocab, None, True, pattern, specials(special_tokens))
+    added = specials(special_tokens)
+    check_added(added)
+    try:
+        engine = _bpe.Engine.from_ranks(read(path), *added_arrays(added))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Compiled(engine, False, pattern, added)
 
 
 def load_gpt2(folder: Path, pattern: Pattern, special_tokens: dict[str, int] | None) -> Model:
@@ -136,22 +130,35 @@ def load_gpt2(folder: Path, pattern: Pattern, special_tokens: dict[str, int] | N
 
 
 def load(path: Path, pattern: str | None, special_tokens: dict[str, int] | None) -> Model:
-    """Whatever `path` is: a .tiktoken file, a tokenizer.json, or a folder of one of the formats."""
+    """Whatever `path` is: a .tiktoken file, a tokenizer.json, a .ffbpe file, or a folder of one of the formats."""
     from fastformer.tokenizer import huggingface
+
+    def kept(sources: list[Path], build: Callable[[], Model]) -> Model:
+        return image.cached(sources, (pattern, special_tokens), build)
 
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             path = path / "tokenizer.json"
         else:
-            return load_gpt2(path, resolve(pattern or "gpt2"), special_tokens)
-    if path.suffix == ".json":
-        return huggingface.load(path, pattern, special_tokens)
-    if path.suffix == ".tiktoken":
-        return load_tiktoken(path, resolve(pattern or "gpt2"), special_tokens or {})
+            files = [path / name for name in ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe")]
+            present = [file for file in files if file.is_file()]
+            return kept(present, lambda: load_gpt2(path, resolve(pattern or "gpt2"), special_tokens))
+    if path.suffix == ".ffbpe":
+        if pattern is not None or special_tokens is not None:
+            raise ValueError(f"{path}: a .ffbpe file says itself what pattern and special_tokens are; leave them out")
+        try:
+            return image.loads(read(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix == ".json":
+        return kept([path], lambda: huggingface.load(path, pattern, special_tokens))
+    if path.suffix == ".tiktoken":
+        return kept([path], lambda: load_tiktoken(path, resolve(pattern or "gpt2"), special_tokens or {}))
     raise ValueError(
-        f"{path}: needs a .tiktoken file, a tokenizer.json, or a folder with one or with vocab.json and merges.txt"
+        f"{path}: needs a .tiktoken file, a tokenizer.json, a .ffbpe file, or a folder with a tokenizer.json or with "
+        "vocab.json and merges.txt"
     )
 
 

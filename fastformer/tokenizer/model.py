@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -48,16 +49,12 @@ class Model:
 
     def engine(self) -> _bpe.Engine:
         """The compiled vocabulary. Raises ValueError for one that cannot encode every text exactly."""
-        added = [(token.content, token.id) for token in self.added.values()]
+        check_added(self.added)
         numbers = self.vocab.values()
         if set(map(type, numbers)) - {int} or min(numbers, default=0) < 0 or max(numbers, default=0) > MAX_ID:
-            suspects: list[tuple[str | bytes, int]] = [*self.vocab.items(), *added]
-        else:
-            suspects = [*added]
-        for name, number in suspects:
-            if type(number) is not int or not 0 <= number <= MAX_ID:
-                raise ValueError(f"token {name!r} has the id {number!r}; ids are integers from 0 to {MAX_ID}")
-        if b"" in self.vocab or "" in self.added:
+            for token, number in self.vocab.items():
+                check_id(token, number)
+        if b"" in self.vocab:
             raise ValueError("the vocabulary holds an empty token")
         tokens = list(self.vocab)
         merges = None
@@ -78,9 +75,63 @@ class Model:
             np.fromiter(self.vocab.values(), np.uint32, len(tokens)),
             merges,
             self.whole_piece,
-            [name.encode("utf-8") for name, _ in added],
-            np.fromiter((number for _, number in added), np.uint32, len(added)),
+            *added_arrays(self.added),
         )
+
+
+class Compiled(Model):
+    """A model that exists as an engine; `vocab` and `merges` are taken out of it when first asked for.
+
+    Args:
+        engine: what holds the vocabulary.
+        has_merges: the order of merging is that of a list, not that of the ids.
+        others: as for Model.
+    """
+
+    def __init__(
+        self, engine: _bpe.Engine, has_merges: bool, pattern: Pattern, added: dict[str, AddedToken], **others: Any
+    ) -> None:
+        self._engine = engine
+        self.has_merges = has_merges
+        self.pattern = pattern
+        self.added = added
+        self.whole_piece = others.pop("whole_piece", not has_merges)
+        for name, value in others.items():
+            setattr(self, name, value)
+        if not has_merges:
+            self.merges = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "vocab":
+            self.vocab = self._engine.vocabulary()
+            return self.vocab
+        if name == "merges":
+            token_of = {number: token for token, number in self.vocab.items()}
+            rows = np.frombuffer(self._engine.merges(), dtype=np.uint32).reshape(-1, 3).tolist()
+            self.merges = [(token_of[left], token_of[right]) for left, right, _ in rows]
+            return self.merges
+        raise AttributeError(name)
+
+    def engine(self) -> _bpe.Engine:
+        return self._engine
+
+
+def check_id(name: object, number: object) -> None:
+    if type(number) is not int or not 0 <= number <= MAX_ID:
+        raise ValueError(f"token {name!r} has the id {number!r}; ids are integers from 0 to {MAX_ID}")
+
+
+def check_added(added: dict[str, AddedToken]) -> None:
+    for token in added.values():
+        check_id(token.content, token.id)
+    if "" in added:
+        raise ValueError("the vocabulary holds an empty token")
+
+
+def added_arrays(added: dict[str, AddedToken]) -> tuple[list[bytes], np.ndarray]:
+    """The strings and the ids of added tokens, as the engine takes them."""
+    names = [token.content.encode("utf-8") for token in added.values()]
+    return names, np.fromiter((token.id for token in added.values()), np.uint32, len(names))
 
 
 def specials(tokens: dict[str, int]) -> dict[str, AddedToken]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def train(
     min_frequency: int = 0,
     max_token_length: int | None = None,
     progress: bool | Callable[[int], object] = False,
+    threads: int = 1,
 ) -> Model:
     """Learn byte-level BPE merges.
 
@@ -41,9 +42,10 @@ def train(
         min_frequency: a pair that is seen less often is not merged.
         max_token_length: in bytes; merging stops short of it as in Hugging Face's trainer.
         progress: True for a progress bar on stderr, or a function that is called with the size of the vocabulary.
+        threads: how many count the words of files, each in a table of its own; the merging is one thread's work.
 
     Raises:
-        ValueError: a vocab_size too small for the bytes and special tokens, or a file that is no UTF-8.
+        ValueError: threads below 1, a vocab_size too small for the bytes and special tokens, a file that is no UTF-8.
         FileNotFoundError: a path that is not there.
     """
     if not isinstance(vocab_size, int) or vocab_size < 256 + len(special_tokens):
@@ -51,14 +53,16 @@ def train(
             f"vocab_size must be an int of at least {256 + len(special_tokens)} (256 bytes and the special tokens), "
             f"got {vocab_size!r}"
         )
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be an int of at least 1, got {threads!r}")
     if len(set(special_tokens)) != len(special_tokens):
         raise ValueError(f"special_tokens holds a token twice: {list(special_tokens)}")
     cut = resolve(pattern)
     trainer = _bpe.Trainer()
 
-    def add(text: Any, by_line: bool) -> None:
+    def add(text: Any, by_line: bool, base: int = 0) -> None:
         if cut.number is not None:
-            trainer.add(text, cut.number, by_line)
+            trainer.add(text, cut.number, by_line, threads, base)
             return
         for piece in text.decode("utf-8").splitlines(keepends=True) if by_line else [text]:
             trainer.add_pieces(piece, cut.boundaries(piece))
@@ -69,7 +73,8 @@ def train(
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
             try:
-                add(path.read_bytes(), True)
+                for base, block in _blocks(path):
+                    add(block, True, base)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
     else:
@@ -88,6 +93,21 @@ def train(
     vocab = {token: number for number, token in enumerate(tokens) if number >= len(special_tokens)}
     added = special_table({token: number for number, token in enumerate(special_tokens)})
     return Model(vocab, merges, False, cut, added)
+
+
+def _blocks(path: Path, size: int = 1 << 25) -> Iterator[tuple[int, bytes]]:
+    """The file in blocks of whole lines and where each begins; a block is of about `size` bytes, or one long line."""
+    with path.open("rb") as file:
+        base, begun = 0, []
+        while block := file.read(size):
+            end = block.rfind(b"\n") + 1
+            begun.append(block[:end] if end else block)
+            if end:
+                yield base, b"".join(begun)
+                base += sum(map(len, begun))
+                begun = [block[end:]]
+        if last := b"".join(begun):
+            yield base, last
 
 
 def _paths(source: Any) -> list[Path] | None:

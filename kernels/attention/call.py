@@ -23,6 +23,11 @@ _KEPT = 256
 _derived: dict[Any, dict[str, Any]] = {}
 
 
+def forget() -> None:
+    """Derive and prepare anew from now on, as after a change of the tiles."""
+    _derived.clear()
+
+
 class Call:
     """What forward and backward launchers are given.
 

@@ -1,7 +1,8 @@
 """Tile sizes of the attention kernels, by pass, target, dtype and head dimension.
 
-Every entry compiles without a register spill and within shared memory on its targets; tests/gate holds that. Calls with
-rules that need many registers (masks, windows, dropout, softcap, ALiBi) take the small tiles of `_RICH`.
+These are the defaults; where `tiles` has a measured row, that counts. Every entry compiles without a register spill and
+within shared memory on its targets; tests/gate holds that. Calls with rules that need many registers (masks, windows,
+dropout, softcap, ALiBi) take the small tiles of `_RICH`.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 
+from fastformer.kernels.attention import tiles
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import Target
 
 
@@ -82,6 +85,14 @@ _MAPS = (Config(64, 32, 4, 1), 64)
 _MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
 
 
+def _measured(target: Target, call: Call, name: str) -> Config | None:
+    """What a table of `tiles` says of this call."""
+    dtype = "single" if call.query.dtype == torch.float32 else "half"
+    width, length = max(64, call.block_d, call.block_v), tiles.length_class(max(call.q_len, call.k_len))
+    tile = tiles.chosen((target.name, name, "rich" if call.rich else "plain", dtype, width, length))
+    return None if tile is None else Config(*tile)
+
+
 def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if target.name == "interpreter":
         return (_INTERPRETER,) * 3
@@ -101,12 +112,13 @@ def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
 
 def forward_config(target: Target, call: Call) -> Config:
     """Tiles of the forward kernel."""
-    return _configs(target, call)[0]
+    return _measured(target, call, "forward") or _configs(target, call)[0]
 
 
 def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
-    return _configs(target, call)[1:]
+    by_row, by_key = _configs(target, call)[1:]
+    return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
 
 
 def chunked_constants(call: Call) -> dict[str, Any]:
@@ -130,3 +142,21 @@ def map_config(target: Target, call: Call) -> tuple[Config, int]:
     if target.name == "interpreter":
         return _INTERPRETER, 16
     return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS
+
+
+# Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
+_DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+
+
+def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
+    """Tiles of attention over a cache.
+
+    Args:
+        width: the larger of the padded head dimensions.
+        rows: new tokens times query heads that share a key head.
+    """
+    if target.name == "interpreter":
+        return _INTERPRETER
+    most, *others = (_DECODE_SINGLE if dtype == torch.float32 else _DECODE)[max(64, width)]
+    return Config(min(max(16, power_of_two(rows)), most), *others)

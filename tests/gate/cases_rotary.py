@@ -17,6 +17,7 @@ def _case(dtype: torch.dtype, width: int, half: int, interleaved: bool, ids: boo
         position = torch.empty(2, 512, dtype=torch.int64, device="meta") if ids else None
         for inverse in (False, True):
             rotate(query, keys, table, table, position, interleaved, not ids, inverse)
+        rotate(query, keys, table, table, position, interleaved, not ids, False, in_place=True)
 
     return run
 

@@ -69,7 +69,7 @@ def relative(a, b):
 def test_loss_logits_and_gradients_equal_stock(lengths, unpad, side):
     stock, patched = build().train(), build().train()
     report = ff.patch(patched, unpad=unpad)
-    assert len(report.replaced) == 1 + 3 * 3
+    assert len(report.replaced) == 2 + 3 * 3
     data = batch(lengths, 20, side)
     fnn.reset_count()
     a, b = stock(**data), patched(**data)
@@ -123,18 +123,43 @@ def test_no_mask_explicit_positions_embeddings_and_tuples():
     assert relative(patched(ids, mask)[1], stock(ids, mask)[1]) < 1e-5
 
 
-def test_what_is_not_fused_yet_is_stock_and_counted():
-    asked = "output_attentions"
-    stock, patched = build(attn_implementation="eager"), build(attn_implementation="eager")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_weights_with_and_without_gradients(implementation, dropout):
+    """Weights come whatever implementation stock would use, and gradients through them are stock's."""
+    stock = build(BertModel, attn_implementation="eager", attention_probs_dropout_prob=dropout)
+    patched = build(BertModel, attn_implementation=implementation, attention_probs_dropout_prob=dropout)
     ff.patch(patched)
-    data = batch([3, 9], 9)
+    data = {k: v for k, v in batch([3, 9], 9).items() if k != "labels"}
     fnn.reset_count()
-    a, b = stock(**data, **{asked: True}), patched(**data, **{asked: True})
-    assert fnn.count().fallback["BertModel", asked] == 1
-    key = asked.removeprefix("output_")
-    assert len(a[key]) == len(b[key])
-    for x, y in zip(a[key], b[key], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        a, b = (m.eval()(**data, output_attentions=True) for m in (stock, patched))
+    assert not fnn.count().fallback
+    assert fnn.count().fused["BertModel"] == 1
+    for x, y in zip(a.attentions, b.attentions, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
+    outs = []
+    for model in (stock, patched):
+        torch.manual_seed(5)
+        out = model.train()(**data, output_attentions=True)
+        sum((w * torch.arange(9)).square().sum() for w in out.attentions).backward()
+        outs.append(out)
+    for x, y in zip(outs[0].attentions, outs[1].attentions, strict=True):
+        assert y.shape == x.shape
+        # Under dropout both draw from PyTorch's generator, in the same order.
+        assert relative(y, x) < 1e-5
+    for (name, p), q in zip(stock.named_parameters(), patched.parameters(), strict=True):
+        if p.grad is not None and "key.bias" not in name:
+            assert relative(q.grad, p.grad) < 1e-4, name
+    assert fnn.count().fallback["attention", "weights with a gradient or dropout"] == 3
+
+
+def test_attention_weights_of_a_packed_row_are_refused():
+    patched = build(BertModel).eval()
+    ff.patch(patched)
+    ids, places = torch.randint(1, 97, (1, 7)), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="one sequence a row"):
+        patched(ids, position_ids=places, output_attentions=True)
 
 
 def test_unpatch_leaves_no_trace():
@@ -144,7 +169,7 @@ def test_unpatch_leaves_no_trace():
     ff.patch(model)
     assert all(type(a) is type(b) for a, b in zip(bystander.modules(), never.modules(), strict=True))
     assert str(type(model.bert)) == str(type(bystander.bert))
-    assert ff.unpatch(model) == 10
+    assert ff.unpatch(model) == 11
     assert ff.unpatch(model) == 0
     assert [type(m) for m in model.modules()] == classes
     assert [set(m.__dict__) for m in model.modules()] == attributes
@@ -163,7 +188,7 @@ def test_state_dict_deepcopy_pickle_and_save(tmp_path):
         fnn.reset_count()
         assert torch.equal(twin(**data).logits, want)
         assert fnn.count().fused["BertModel"] == 1
-        assert ff.unpatch(twin) == 10
+        assert ff.unpatch(twin) == 11
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

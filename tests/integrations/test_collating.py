@@ -6,7 +6,7 @@ import torch
 import fastformer as ff
 import fastformer.nn as fnn
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 import zoo  # noqa: E402
 
 from fastformer.integrations.transformers import PackedCollator, TokenBudget  # noqa: E402

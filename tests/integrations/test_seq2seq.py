@@ -9,26 +9,11 @@ import fastformer.nn as fnn
 transformers = pytest.importorskip("transformers", minversion="5")
 import zoo  # noqa: E402
 
-_IDS = {"vocab_size": zoo.VOCAB, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-_T5 = {
-    "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
-    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
-}  # fmt: skip
-_BART = {
-    "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 64, "dropout": 0.0,
-}  # fmt: skip
-MODELS = {"T5": _T5, "Bart": _BART, "MBart": _BART}
+FAMILIES = list(zoo.SEQ2SEQ)
 
 
 def build(family, implementation="eager"):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**_IDS, **MODELS[family], attn_implementation=implementation)
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model.train()
+    return zoo.build(family, "ForConditionalGeneration", implementation=implementation).train()
 
 
 def data(side="right", decoder_mask=True):
@@ -43,7 +28,7 @@ def data(side="right", decoder_mask=True):
 @pytest.mark.parametrize("decoder_mask", [False, True])
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
 @pytest.mark.parametrize("unpad", ["auto", False])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_equal_stock(family, unpad, side, decoder_mask):
     stock, patched = build(family), build(family)
     ff.patch(patched, unpad=unpad)
@@ -63,7 +48,7 @@ def test_both_sides_equal_stock(family, unpad, side, decoder_mask):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generation_and_unpatch(family, implementation):
     never, model = build(family, implementation).eval(), build(family, implementation).eval()
     ff.patch(model)
@@ -76,7 +61,7 @@ def test_generation_and_unpatch(family, implementation):
     assert torch.equal(model(**batch).logits, never(**batch).logits)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing(family):
     stock, patched = build(family), build(family)
     ff.patch(patched)
@@ -88,7 +73,7 @@ def test_gradient_checkpointing(family):
 
 
 def test_positions_are_forgotten_after_a_call():
-    model, never = build("Bart").eval(), build("Bart").eval()
+    model, never = build("bart").eval(), build("bart").eval()
     ff.patch(model)
     batch, _ = data()
     model(**batch)

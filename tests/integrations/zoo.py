@@ -63,6 +63,30 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+_SIDES = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+_BART = {
+    "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "max_position_embeddings": 64, "dropout": 0.0,
+}  # fmt: skip
+
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "T5",
+        {**_SIDES, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+         "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16},
+    ),
+    "bart": ("Bart", {**_SIDES, **_BART}),
+    "mbart": ("MBart", {**_SIDES, **_BART}),
+}  # fmt: skip
+
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "ViT",
+        {**_NO_DROPOUT, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80,
+         "image_size": 16, "patch_size": 4},
+    ),
+}  # fmt: skip
+
 _KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias")
 
 
@@ -73,7 +97,8 @@ def _known(families: dict[str, Any]) -> dict[str, Any]:
 
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
-ALL = {**ENCODERS, **DECODERS}
+ALL = {**ENCODERS, **DECODERS, **SEQ2SEQ, **VISION}
+LATER = sorted({**ENCODERS, **DECODERS}.keys() - {**_known(ENCODERS), **_known(DECODERS)}.keys())
 ENCODERS, DECODERS = _known(ENCODERS), _known(DECODERS)
 FAMILIES = {**ENCODERS, **DECODERS}
 
@@ -81,7 +106,8 @@ FAMILIES = {**ENCODERS, **DECODERS}
 def config_of(family: str, **changes: Any) -> Any:
     prefix, settings = ALL[family]
     name = "Gemma3TextConfig" if family == "gemma3" else f"{prefix}Config"
-    return getattr(transformers, name)(**{**settings, "num_labels": 3, **changes})
+    labels = {} if family in SEQ2SEQ else {"num_labels": 3}
+    return getattr(transformers, name)(**{**settings, **labels, **changes})
 
 
 def build(family: str, head: str, seed: int = 0, implementation: str = "eager", **changes: Any) -> Any:

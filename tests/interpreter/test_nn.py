@@ -59,3 +59,35 @@ def test_dropout_is_drawn_once_for_both_ways():
     (grad,) = torch.autograd.grad((layer(x) * mixture).sum(), x)
     slope = (values[1] - values[0]) / 2e-3
     assert abs(slope - (grad * direction).sum().item()) < 0.02 * max(1.0, abs(slope))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 5, [3, 1, 1]])
+def test_decoding_appends_and_attends_in_one_call(pieces, monkeypatch):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerDecoderLayer(E, H, 24, 0.1, batch_first=True)
+    model = fnn.TransformerDecoder(fnn.TransformerDecoderLayer(E, H, 24, 0.1, batch_first=True), 2).eval()
+    stock = torch.nn.TransformerDecoder(layer, 2).eval()
+    stock.load_state_dict(model.state_dict())
+    calls = []
+    attend = ff.ops.attention_kv_cache
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["k"].shape[1])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(ff.ops, "attention_kv_cache", counted)
+    tgt, memory = torch.randn(B, 5, E), torch.randn(B, S, E)
+    want = stock(tgt, memory, torch.nn.Transformer.generate_square_subsequent_mask(5))
+    for grad in (False, True):  # with a derivative asked for, another path
+        cache, calls[:] = fnn.KVCache(), []
+        with torch.set_grad_enabled(grad):
+            got = torch.cat([model(t, memory, cache=cache) for t in tgt.split(pieces, 1)], 1)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert calls == ([] if grad else [n for n in pieces for _ in range(2)])
+    # A step with a derivative and one without take turns.
+    cache = fnn.KVCache()
+    parts = []
+    for i, t in enumerate(tgt.split(1, 1)):
+        with torch.set_grad_enabled(i % 2 == 0):
+            parts.append(model(t, memory, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)

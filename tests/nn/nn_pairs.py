@@ -29,12 +29,18 @@ def shake(module, size=0.05):
             p.add_(torch.randn_like(p) * size)
 
 
-def assert_same(stock, ours, inputs, call, seen=None):
+# What fp32 may miss beside twice stock's own error, which can be small by luck: ulps of the largest value.
+ULPS = 4
+
+
+def assert_same(stock, ours, inputs, call, seen=None, exact=None):
     """Outputs and every gradient of `call(module, *inputs)`.
 
     Args:
         call: returns one tensor.
         seen: bool mask over the output: what is compared, and where a gradient comes from; None for everything.
+        exact: (stock module, inputs, call) in fp64. With it, ours may be twice as far from the fp64 result as stock is,
+            and ULPS.
     """
     leaves = [[t.detach().clone().requires_grad_() for t in inputs] for _ in range(2)]
     a, b = call(stock, *leaves[0]), call(ours, *leaves[1])
@@ -46,16 +52,39 @@ def assert_same(stock, ours, inputs, call, seen=None):
         known = torch.isfinite(a)
         torch.testing.assert_close(b[known], a[known], **FORWARD[a.dtype])
         return
-    torch.testing.assert_close(b, a, **FORWARD[a.dtype])
     grad = torch.randn_like(a)
     parameters = [list(m.parameters()) for m in (stock, ours)]
     grads = [
         torch.autograd.grad(out, [*xs, *ps], grad, allow_unused=True)
         for out, xs, ps in zip((a, b), leaves, parameters, strict=True)
     ]
+    if exact is not None:
+        _assert_as_exact((a, grads[0]), (b, grads[1]), grad, seen, *exact)
+        return
+    torch.testing.assert_close(b, a, **FORWARD[a.dtype])
     for x, y in zip(*grads, strict=True):
         if x is None or y is None:
             assert x is None or not x.any()
             assert y is None or not y.any()
         else:
             torch.testing.assert_close(y, x, **BACKWARD[a.dtype])
+
+
+def _assert_as_exact(stock, ours, grad, seen, module, inputs, call):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = call(module, *leaves)
+    out = out if seen is None else out[seen]
+    grads = torch.autograd.grad(out, [*leaves, *module.parameters()], grad.double(), allow_unused=True)
+    largest = max((g.abs().max().item() for g in grads if g is not None and g.numel()), default=0.0)
+    pairs = [("output", out, stock[0], ours[0], out.abs().max().item() if out.numel() else 0.0)]
+    pairs += [(f"gradient {i}", *three, largest) for i, three in enumerate(zip(grads, stock[1], ours[1], strict=True))]
+    for name, truth, measure, got, scale in pairs:
+        if truth is None or got is None:
+            assert truth is None or not truth.any(), name
+            assert got is None or not got.any(), name
+            continue
+        if not truth.numel():
+            continue
+        error, allowed = ((t.double() - truth).abs().max().item() for t in (got, measure))
+        allowed = 2 * allowed + ULPS * torch.finfo(got.dtype).eps * scale
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

@@ -280,3 +280,33 @@ def test_patch_of_a_model_of_ones_own():
     assert fnn.count().fused == {"RMSNorm": 1, "MultiheadAttention": 1, "LayerNorm": 1}
     assert ff.unpatch(model) == 3
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_subclasses_of_ones_own_are_reported_and_left_alone():
+    class OwnAttention(torch.nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            return 2 * out, weights
+
+    stock = torch.nn.TransformerEncoderLayer(E, H, **OPTIONS)
+    stock.self_attn = OwnAttention(E, H, batch_first=True)
+    model = copy.deepcopy(stock)
+    report = ff.patch(model)
+    assert ("self_attn", "OwnAttention derives from MultiheadAttention and may compute otherwise") in report.skipped
+    assert "OwnAttention derives from" in str(report)
+    assert_same(stock, model, [batch()[0]], lambda m, x: m(x))
+    assert not ff.patch(fnn.TransformerEncoderLayer(E, H, **OPTIONS)).skipped
+
+
+@pytest.mark.slow  # the C++ compiler takes most of a minute
+def test_encoder_compiled_by_inductor():
+    stock, ours = pair(
+        torch.nn.TransformerEncoder,
+        fnn.TransformerEncoder,
+        torch.nn.TransformerEncoderLayer(E, H, **OPTIONS),
+        1,
+        enable_nested_tensor=False,
+    )
+    compiled = torch.compile(ours, fullgraph=True)
+    mask = {"src_key_padding_mask": SRC}
+    assert_same(stock, ours, [batch()[0]], lambda m, x: (compiled if m is ours else m)(x, **mask), ~SRC)

@@ -1,6 +1,7 @@
 """Embedding, LayerNorm and dropout of BERT-class models."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -96,3 +97,41 @@ def test_full_route(device, interpreting):
     seed = torch.tensor([3], device=device)
     args = (ids, None, None, word, place, None, w, b, seed, 0.2, 1e-5, -1, torch.float32, True)
     torch.library.opcheck(embedding._embed_op.op, args)
+
+
+def test_second_derivative(device):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[1, 3, 1], [0, 2, 3]], device=device)
+    leaves = [torch.randn(shape, generator=generator).to(device) for shape in ((4, 9), (3, 9), (9,), (9,))]
+
+    def penalty(call, leaves):
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        first = torch.autograd.grad(call(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    def ours(word, place, weight, bias):
+        return embedding_layer_norm(ids, word, place, None, weight, bias, 1e-5)
+
+    def stock(word, place, weight, bias):
+        return F.layer_norm(F.embedding(ids, word) + place, (9,), weight, bias)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = penalty(ours, leaves)
+    for a, b in zip(found, penalty(stock, [t.double() for t in leaves]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_compile(device):
+    ids = torch.tensor([[1, 3, 1], [0, 2, 3]], device=device)
+    word, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4, 9), (9,)))
+
+    def step(word, weight):
+        return embedding_layer_norm(ids, word, weight=weight).sin().sum()
+
+    eager = torch.autograd.grad(step(word, weight), (word, weight))
+    compiled = torch.autograd.grad(
+        torch.compile(step, backend="aot_eager", fullgraph=True)(word, weight), (word, weight)
+    )
+    for a, c in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, c)

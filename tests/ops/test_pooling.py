@@ -1,5 +1,7 @@
 """Pooling of packed sequences."""
 
+import warnings
+
 import pytest
 import torch
 from checking import compare, fenced
@@ -72,3 +74,17 @@ def test_full_route(device, interpreting):
         pytest.skip("the CPU backend registers no operator")
     x, cu = torch.randn(6, 2, device=device, requires_grad=True), torch.tensor([0, 4, 6], device=device)
     torch.library.opcheck(pooling._mean_op.op, (x, cu, torch.ones(6, dtype=torch.bool, device=device)))
+
+
+def test_second_derivative(device):
+    """Pooling is linear: the first derivative hands on what is sent, and so does its own."""
+    x = torch.randn(7, 3, device=device, requires_grad=True)
+    bounds, mask = torch.tensor([0, 2, 2, 6], device=device), torch.tensor([1, 1, 0, 1, 1, 1, 1], device=device) != 0
+    sent = torch.randn(3, 3, device=device, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (dx,) = torch.autograd.grad(pool_packed(x, bounds, mask=mask), x, sent, create_graph=True)
+    (ds,) = torch.autograd.grad(dx.square().sum(), sent)
+    torch.testing.assert_close(ds, 2 * sent.detach() * torch.tensor([1 / 2, 0.0, 1 / 3], device=device)[:, None])
+    assert (dx[2] == 0).all()
+    assert (dx[6] == 0).all()

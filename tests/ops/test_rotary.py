@@ -1,6 +1,7 @@
 """Rotary position embedding."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_gradient_of_one_output(device):
     (dk,) = torch.autograd.grad(other.sum(), k, retain_graph=True)
     (dq,) = torch.autograd.grad(turned.sum(), q)
     torch.testing.assert_close(dq, dk)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_second_derivative(inplace, device):
+    """Rotation is linear and keeps lengths."""
+    x = torch.randn(2, 5, 3, 16, device=device, requires_grad=True)
+    sent = torch.randn(2, 5, 3, 16, device=device, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        turned, _ = rotary_embedding(x * 1.0, None, *tables(5, 8, device), inplace=inplace)
+        (dx,) = torch.autograd.grad(turned, x, sent, create_graph=True)
+    (ds,) = torch.autograd.grad(dx.square().sum(), sent)
+    torch.testing.assert_close(ds, 2 * sent.detach())
 
 
 def test_position_beyond_the_table_is_never_a_number(device, interpreting):

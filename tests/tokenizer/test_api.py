@@ -277,3 +277,29 @@ def test_memory_map_and_fork(tok: BPETokenizer, tmp_path: Path) -> None:
     if child == 0:
         os._exit(0 if tok.encode(text) == want else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("pattern", ["cl100k", "gpt2", "o200k"])
+def test_unstable_as_tiktoken(ranks_file: Path, pattern: str) -> None:
+    ours = BPETokenizer.from_file(ranks_file, pattern=pattern, special_tokens=SPECIALS)
+    theirs = as_tiktoken(ours, EXPRESSIONS[pattern])
+    mine = ours.as_tiktoken()
+    texts = [
+        *hard_strings(60, seed=23, longest=5),
+        "",
+        "the",
+        "a \n",
+        "x\n\n ",
+        "  ",
+        "it's",
+        "<pad>",
+        "a<pad>",
+        "<pad> \n b",
+    ]
+    for text in texts:
+        stable, completions = mine.encode_with_unstable(text, allowed_special="all")
+        want_stable, want = theirs.encode_with_unstable(text, allowed_special="all")
+        assert stable == want_stable, repr(text)
+        assert set(map(tuple, completions)) == set(map(tuple, want)), repr(text)
+    with pytest.raises(ValueError, match="<pad>"):
+        mine.encode_with_unstable("<pad>")

@@ -27,6 +27,23 @@ __attribute__((target("avx2"))) inline uint32_t none_of(__m256i flags, uint8_t b
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(found, _mm256_setzero_si256())));
 }
 
+struct SingleBytes {
+    uint64_t tail, newline, blank, quote, slash;
+};
+
+__attribute__((target("avx2"))) inline uint64_t equal(__m256i bytes, char c) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(c))));
+}
+
+__attribute__((target("avx2"))) inline void find_single(__m256i bytes, int shift, SingleBytes& to) {
+    __m256i tail = _mm256_cmpgt_epi8(_mm256_set1_epi8(-64), bytes);
+    to.tail |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(tail))) << shift;
+    to.newline |= (equal(bytes, '\r') | equal(bytes, '\n')) << shift;
+    to.blank |= equal(bytes, ' ') << shift;
+    to.quote |= equal(bytes, '\'') << shift;
+    to.slash |= equal(bytes, '/') << shift;
+}
+
 }  // namespace
 
 __attribute__((target("avx2"))) void classify_avx2(const Tables& tables, const uint8_t* p, size_t n, const Set* sets,
@@ -41,17 +58,24 @@ __attribute__((target("avx2"))) void classify_avx2(const Tables& tables, const u
             from = tail;
         }
         uint64_t valid = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1, multi = 0;
+        SingleBytes single{};
         alignas(32) uint8_t fresh[64];
         for (int h = 0; h < 2; h++) {
             __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * h));
             multi |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << (32 * h);
             _mm256_store_si256(reinterpret_cast<__m256i*>(fresh + 32 * h), ascii_flags(tables, bytes));
+            find_single(bytes, 32 * h, single);
         }
+        window.tail[at / 64] = single.tail;
+        window.newline[at / 64] = single.newline;
+        window.blank[at / 64] = single.blank;
+        window.quote[at / 64] = single.quote;
+        window.slash[at / 64] = single.slash;
         // A character that began in the block before has left flags at the head of this one.
         uint64_t leading = static_cast<uint64_t>(std::countr_one(multi));
         for (size_t k = 0; k < leading && (from[k] & 0xC0) == 0x80; k++) fresh[k] = window.flags[at + k];
         std::memcpy(window.flags + at, fresh, 64);
-        if (multi) classify_high(tables, p, at, multi, window.flags);
+        if (multi) classify_high<false>(tables, p, at, multi & ~single.tail, window.flags);
         __m256i flags[2];
         for (int h = 0; h < 2; h++)
             flags[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.flags + at + 32 * h));

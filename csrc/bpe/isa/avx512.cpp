@@ -16,9 +16,10 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) void classify_avx512(cons
         __m512i bytes = _mm512_maskz_loadu_epi8(valid, p + at);
         __mmask64 multi = _mm512_movepi8_mask(bytes);
         __m512i flags = _mm512_permutex2var_epi8(low, bytes, high);
+        __mmask64 tail = window.tail[at / 64] = _mm512_cmplt_epi8_mask(bytes, _mm512_set1_epi8(-64));
         // A character may begin in the block before: its flags are there already.
+        if (multi) classify_high<true>(tables, p, at, multi & ~tail, window.flags);
         _mm512_mask_storeu_epi8(window.flags + at, valid & ~multi, flags);
-        if (multi) classify_high(tables, p, at, multi, window.flags);
         flags = _mm512_loadu_si512(window.flags + at);
         for (size_t k = 0; k < count; k++) {
             __mmask64 map = sets[k].any ? _mm512_test_epi8_mask(flags, _mm512_set1_epi8(static_cast<char>(sets[k].any)))
@@ -26,6 +27,13 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) void classify_avx512(cons
             map &= _mm512_testn_epi8_mask(flags, _mm512_set1_epi8(static_cast<char>(sets[k].none)));
             window.maps[k][at / 64] = map & valid;
         }
+        auto equal = [&](char c) __attribute__((target("avx512f,avx512bw"))) {
+            return _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(c));
+        };
+        window.newline[at / 64] = equal('\r') | equal('\n');
+        window.blank[at / 64] = equal(' ');
+        window.quote[at / 64] = equal('\'');
+        window.slash[at / 64] = equal('/');
     }
     for (size_t k = 0; k < count; k++) window.maps[k][(n + 63) / 64] = 0;
 }

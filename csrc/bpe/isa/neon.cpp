@@ -31,20 +31,31 @@ void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* 
             from = tail;
         }
         uint64_t valid = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
-        uint8x16_t above[4];
+        uint8x16_t text[4], above[4];
         uint8_t fresh[64];
         for (int k = 0; k < 4; k++) {
-            uint8x16_t bytes = vld1q_u8(from + 16 * k);
+            uint8x16_t bytes = text[k] = vld1q_u8(from + 16 * k);
             above[k] = vcgeq_u8(bytes, vdupq_n_u8(0x80));
             uint8x16_t flags = vqtbl4q_u8(low, bytes);
             vst1q_u8(fresh + 16 * k, vqtbx4q_u8(flags, high, vsubq_u8(bytes, vdupq_n_u8(64))));
         }
         uint64_t multi = bits_of(above[0], above[1], above[2], above[3]);
+        auto equal = [&](uint8_t c) {
+            uint8x16_t wanted = vdupq_n_u8(c);
+            return bits_of(vceqq_u8(text[0], wanted), vceqq_u8(text[1], wanted), vceqq_u8(text[2], wanted),
+                           vceqq_u8(text[3], wanted));
+        };
+        auto follows = [&](int k) { return vcltq_s8(vreinterpretq_s8_u8(text[k]), vdupq_n_s8(-64)); };
+        window.tail[at / 64] = bits_of(follows(0), follows(1), follows(2), follows(3));
+        window.newline[at / 64] = equal('\r') | equal('\n');
+        window.blank[at / 64] = equal(' ');
+        window.quote[at / 64] = equal('\'');
+        window.slash[at / 64] = equal('/');
         // A character that began in the block before has left flags at the head of this one.
         uint64_t leading = static_cast<uint64_t>(std::countr_one(multi));
         for (size_t k = 0; k < leading && (from[k] & 0xC0) == 0x80; k++) fresh[k] = window.flags[at + k];
         std::memcpy(window.flags + at, fresh, 64);
-        if (multi) classify_high(tables, p, at, multi, window.flags);
+        if (multi) classify_high<false>(tables, p, at, multi & ~window.tail[at / 64], window.flags);
         uint8x16_t flags[4];
         for (int k = 0; k < 4; k++) flags[k] = vld1q_u8(window.flags + at + 16 * k);
         auto any_of = [&](uint8_t set) {

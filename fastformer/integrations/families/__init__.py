@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastformer.integrations.families import albert, bert, decoders, distilbert, norms, seq2seq, torch_nn
+from fastformer.integrations.families import albert, bert, decoders, distilbert, losses, norms, seq2seq, torch_nn
 from fastformer.integrations.families.interface import uses_interface
 from fastformer.integrations.families.rule import Rule
-from fastformer.integrations.swap import class_path
+from fastformer.integrations.swap import class_path, original_class
 
 RULES: dict[str, Rule] = {
     **torch_nn.RULES,
@@ -17,6 +17,7 @@ RULES: dict[str, Rule] = {
     **norms.RULES,
     **decoders.RULES,
     **seq2seq.RULES,
+    **losses.RULES,
 }
 NAMES = (
     "torch.nn Transformers, their layers, attention and norms",
@@ -41,7 +42,19 @@ def rule_for(module: torch.nn.Module, in_transformers: bool, norms_owned: bool) 
         return torch_nn.NORMS.get(class_path(module))
     if uses_interface(module):
         return decoders.ATTENTION
-    return None if norms_owned else norms.recognise(module)
+    return losses.recognise(module) or (None if norms_owned else norms.recognise(module))
 
 
-__all__ = ["NAMES", "RULES", "Rule", "rule_for"]
+def known_base(module: torch.nn.Module) -> str:
+    """Name of a class with a rule that a module's class without one derives from, or ""."""
+    cls = original_class(module)
+    if cls.__module__.startswith("fastformer."):
+        return ""
+    for base in cls.__mro__[1:]:
+        path = f"{base.__module__}.{base.__qualname__}"
+        if path in RULES or path in torch_nn.NORMS:
+            return base.__qualname__
+    return ""
+
+
+__all__ = ["NAMES", "RULES", "Rule", "known_base", "rule_for"]

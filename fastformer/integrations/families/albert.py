@@ -26,9 +26,9 @@ from fastformer.nn.counters import count_fallback, count_fused
 class AlbertPacked(PackedEncoder):
     _table = EncoderTable("AlbertModel", output="BaseModelOutputWithPooling")
 
-    def _run_layers(self, hidden: Tensor, plan: Plan) -> Iterator[Tensor]:
+    def _run_layers(self, hidden: Tensor, plan: Plan, pads: bool) -> Iterator[Tensor]:
         hidden = self.encoder.embedding_hidden_mapping_in(hidden)  # type: ignore[attr-defined]
-        return super()._run_layers(hidden, plan)
+        return super()._run_layers(hidden, plan, pads)
 
     def _layers(self) -> Iterator[torch.nn.Module]:
         config, groups = self.config, self.encoder.albert_layer_groups  # type: ignore[attr-defined]

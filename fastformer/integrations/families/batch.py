@@ -50,14 +50,25 @@ def _parameter_names(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
+def takes_lengths(module: Any) -> bool:
+    """Whether the stock forward hands cu_seq_lens_q on; before transformers 5 many heads do not."""
+    return _takes_any(original_class(module))
+
+
+@functools.cache
+def _takes_any(cls: Any) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(cls.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def wants(module: Any, call: dict[str, Any], what: str) -> bool:
     """Whether the call or the configuration asks for "attentions" or "hidden_states"."""
     asked = call.get(f"output_{what}")
     return bool(getattr(module.config, f"output_{what}", False) if asked is None else asked)
 
 
-def why_stock(module: Any, call: dict[str, Any]) -> str:
-    """Reason why a call takes the stock forward, or ""."""
+def why_stock(module: Any, call: dict[str, Any], gives_weights: bool = False) -> str:
+    """Reason why a call takes the stock forward, or ""; `gives_weights`: attention weights are none."""
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return "needs exactly one of input_ids and inputs_embeds"
     mask = call.get("attention_mask")
@@ -65,7 +76,7 @@ def why_stock(module: Any, call: dict[str, Any]) -> str:
         return f"attention_mask of type {type(mask).__name__}"
     if mask is not None and mask.ndim != 2:
         return f"attention_mask with {mask.ndim} dimensions"
-    if wants(module, call, "attentions"):
+    if wants(module, call, "attentions") and not gives_weights:
         return "output_attentions"
     if not isinstance(call.get("output_hidden_states"), bool | None):
         return "output_hidden_states by index"
@@ -122,6 +133,8 @@ def plan_of(
         return Plan(packing_from_positions(call.get("position_ids"))), False
     if mask.shape != ids.shape[:2]:
         raise ValueError(f"attention_mask must have shape {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
+    if torch.compiler.is_exporting():
+        return Plan(mask=mask != 0), False  # one graph for any mask
     packing = packing_from_mask(mask)
     if packing is None:
         return Plan(packing_from_positions(call.get("position_ids"))), False
@@ -148,7 +161,7 @@ def pack_inputs(
     return packed
 
 
-def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+def unpack_call(module: Any, call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a packed call as those of a padded one: [batch, seqlen] ids and mask. Waits for nothing.
 
     The mask remembers the packing, so the base model need not compute it.
@@ -164,10 +177,18 @@ def unpack_call(call: dict[str, Any], pad_token_id: int | None) -> dict[str, Any
     for name, value in inputs.items():
         out[name] = packing.pad(value.squeeze(0))
     mask = packing.pad(torch.ones(packing.rows, dtype=torch.long, device=packing.indices.device))
+    pad_token_id = getattr(module.config, "pad_token_id", None)
     if "input_ids" in inputs and pad_token_id is not None:
         out["input_ids"] = torch.where(mask != 0, out["input_ids"], pad_token_id)
     out["attention_mask"] = remember(mask, packing)
     return out
+
+
+def answer(module: Any, out: Any, return_dict: bool | None) -> Any:
+    """A model's output as the caller wants it: as it is, or a tuple."""
+    if return_dict is None:
+        return_dict = getattr(module.config, "return_dict", True)
+    return out if return_dict else out.to_tuple()
 
 
 def is_changed(module: torch.nn.Module) -> bool:

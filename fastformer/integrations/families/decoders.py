@@ -7,15 +7,12 @@ from typing import Any
 import torch
 
 from fastformer.integrations.families import batch
-from fastformer.integrations.families.interface import PackedDecoder, PackedModernBert, RoutedAttention, UnpackingHead
+from fastformer.integrations.families.interface import PackedDecoder, PackedModernBert, RoutedAttention
 from fastformer.integrations.families.norms import GemmaLayer, Gpt2Layer, PreNormLayer
 from fastformer.integrations.families.rule import Rule
 
 _PACKED = "decoder without padding in training"
 _ADDED = "fused residual + norm"
-
-
-_HEAD = Rule(UnpackingHead, "takes packed batches")
 
 
 def _why_not(module: torch.nn.Module) -> str:
@@ -37,7 +34,6 @@ def _rules(
     return {
         f"{path}{model}": Rule(PackedDecoder, _PACKED, why_not, removes_padding=True, routed=True),
         f"{path}{block}": Rule(layer, _ADDED, batch.needs_5) if since_5 else Rule(layer, _ADDED),
-        f"{path}{model.removesuffix('Model')}ForSequenceClassification": _HEAD,
     }
 
 
@@ -45,7 +41,6 @@ RULES: dict[str, Rule] = {
     "transformers.models.modernbert.modeling_modernbert.ModernBertModel": Rule(
         PackedModernBert, "encoder without padding", removes_padding=True, routed=True
     ),
-    "transformers.models.modernbert.modeling_modernbert.ModernBertForSequenceClassification": _HEAD,
     **_rules("gpt2", "GPT2", Gpt2Layer, block="Block", since_5=True),
     **_rules("llama", "Llama", PreNormLayer),
     **_rules("mistral", "Mistral", PreNormLayer),

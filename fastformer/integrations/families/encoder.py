@@ -11,6 +11,7 @@ own names begin with an underscore: a public one would hide a child module of th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastformer import ops
-from fastformer.integrations.attend import attend, attend_packed
+from fastformer.integrations.attend import attend, attend_packed, attend_with_weights
 from fastformer.integrations.families import batch
 from fastformer.integrations.packed_linear import project
 from fastformer.integrations.plan import Plan
@@ -73,20 +74,22 @@ class PackedEncoder:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         count_fused(self._table.label)
         inputs = self._token_inputs(call)
-        plan, pads = batch.plan_of(call, inputs, self.fastformer_unpad, pools_first=True)
+        weighs = batch.wants(self, call, "attentions")
+        plan, pads = batch.plan_of(call, inputs, False if weighs else self.fastformer_unpad, pools_first=True)
+        if weighs:
+            if plan.packing is not None:
+                raise ValueError("output_attentions needs one sequence a row, got a packed batch")
+            plan = dataclasses.replace(plan, weights=[])
         if plan.packing is not None:
             inputs = batch.pack_inputs(inputs, plan.packing, self._first_position())
         hidden, states = self._embed(inputs), None
         if batch.wants(self, call, "hidden_states"):
-            states = list(self._run_layers(hidden, plan))
+            states = list(self._run_layers(hidden, plan, pads))
             hidden = states[-1]
         else:
             hidden = getattr(self, self._table.encoder)(hidden, plan)[0]
-        if pads:
-            hidden = plan.pad(hidden)
-            if states is not None:
-                states = [*(plan.pad(s) for s in states[:-1]), hidden]
-        return self._answer(call, hidden, states)
+            hidden = plan.pad(hidden) if pads else hidden
+        return self._answer(call, hidden, states, plan.weights)
 
     def _token_inputs(self, call: dict[str, Any]) -> dict[str, Tensor | None]:
         """What the embeddings take, [batch, seqlen, ...] each."""
@@ -112,12 +115,19 @@ class PackedEncoder:
         pooler = self.pooler  # type: ignore[attr-defined]
         return None if pooler is None else pooler(hidden)
 
-    def _run_layers(self, hidden: Tensor, plan: Plan) -> Iterator[Tensor]:
-        yield hidden
+    def _run_layers(self, hidden: Tensor, plan: Plan, pads: bool) -> Iterator[Tensor]:
+        """The hidden states around every layer, padded back if `pads`."""
         for layer in self._layers():
+            if pads:
+                shown = plan.pad(hidden)
+                yield shown
+                # From what was shown on, so that it has a gradient if somebody asks for one.
+                hidden = plan.repack(shown) if shown.requires_grad else hidden
+            else:
+                yield hidden
             out = layer(hidden, plan)
             hidden = out[0] if isinstance(out, tuple) else out
-            yield hidden
+        yield plan.pad(hidden) if pads else hidden
 
     def _why_stock(self, call: dict[str, Any]) -> str:
         config = self.config  # type: ignore[attr-defined]
@@ -128,19 +138,23 @@ class PackedEncoder:
         encoder = getattr(self, self._table.encoder)
         if batch.wants(self, call, "hidden_states") and has_hooks(encoder):
             return "output_hidden_states of a hooked encoder"
-        return batch.why_stock(self, call)
+        if batch.wants(self, call, "attentions") and (call.get("cu_seq_lens_q") is not None or _checkpoints(self)):
+            return "output_attentions of a packed batch or with checkpointing"
+        return batch.why_stock(self, call, gives_weights=True)
 
-    def _answer(self, call: dict[str, Any], hidden: Tensor, states: list[Tensor] | None) -> Any:
+    def _answer(
+        self, call: dict[str, Any], hidden: Tensor, states: list[Tensor] | None, weights: list[Tensor] | None
+    ) -> Any:
         from transformers import modeling_outputs
 
         fields: dict[str, Any] = {"last_hidden_state": hidden, "hidden_states": states and tuple(states)}
+        if weights is not None:
+            fields["attentions"] = tuple(weights)
+            if "CrossAttentions" in self._table.output and not batch.returns_tuples():
+                fields["cross_attentions"] = ()
         if "Pooling" in self._table.output:
             fields["pooler_output"] = self._pool(hidden)
-        out = getattr(modeling_outputs, self._table.output)(**fields)
-        return_dict = call.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return out if return_dict else out.to_tuple()
+        return batch.answer(self, getattr(modeling_outputs, self._table.output)(**fields), call.get("return_dict"))
 
 
 class SelfAttention:
@@ -173,7 +187,12 @@ class SelfAttention:
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             mask = None if plan.mask is None else plan.mask[:, None, None, :]
-            out = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
+            if plan.weights is None:
+                out = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
+            else:
+                out, weights = attend_with_weights(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+                plan.weights.append(weights)
+                out = out.transpose(1, 2)
         return out.flatten(2)
 
 
@@ -202,6 +221,11 @@ def add_norm(branch: Tensor, residual: Tensor, norm: Any, dropout: Any = None) -
     out = ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dropout_p=p, training=training)
     assert isinstance(out, Tensor)
     return out
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether layers run again in backward, where they would put out their weights again."""
+    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def why_not_absolute(module: torch.nn.Module) -> str:

@@ -70,7 +70,8 @@ class PackedModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         label = type(self).__name__
         call = batch.named_arguments(self, args, kwargs)
-        reason = self._why_stock(call)
+        # The masks that carry a plan are no tensors that a graph could hold.
+        reason = "export" if torch.compiler.is_exporting() else self._why_stock(call)
         if reason:
             batch.refuse_packed(call, reason)
             count_fallback(label, reason)
@@ -95,9 +96,7 @@ class PackedModel:
         out = self._run(call, plan)
         if pads:
             _pad_back(out, plan)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)  # type: ignore[attr-defined]
-        return out if return_dict else out.to_tuple()
+        return batch.answer(self, out, return_dict)
 
     def _run(self, call: dict[str, Any], plan: Plan) -> Any:
         return super().forward(**call, return_dict=True)  # type: ignore[misc]
@@ -121,7 +120,7 @@ class UnpackingHead:
         call = batch.named_arguments(self, args, kwargs)
         if call.get("cu_seq_lens_q") is not None:
             count_fused(type(self).__name__)
-            call = batch.unpack_call(call, getattr(self.config, "pad_token_id", None))  # type: ignore[attr-defined]
+            call = batch.unpack_call(self, call)
         return super().forward(**call)  # type: ignore[misc]
 
 

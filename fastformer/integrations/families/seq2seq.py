@@ -6,6 +6,7 @@ Cross-attention sees the encoder's real tokens only, whether the decoder is pack
 
 from __future__ import annotations
 
+import dataclasses
 from contextvars import ContextVar
 from typing import Any
 
@@ -60,7 +61,21 @@ class PackedT5(PackedDecoderSide):
         return PackedModel._why_stock(self, call)
 
     def _call_with(self, mask: PlanMask) -> dict[str, Any]:
+        if mask.plan.packing is not None:
+            narrow = dataclasses.replace(mask.plan, packing=_narrowed(mask.plan.packing))
+            mask = PlanMask.carrying(narrow, mask.device)
         return {"attention_mask": mask, "use_cache": False}
+
+
+def _narrowed(packing: Packing) -> Packing:
+    """The same tokens in a padded batch no wider than its longest sequence; T5's bias knows distances only."""
+    if not packing.contiguous or packing.max_seqlen == packing.seqlen:
+        return packing
+    device = packing.indices.device
+    lengths = packing.cu_seqlens.diff().long()
+    rows = torch.repeat_interleave(torch.arange(packing.batch, device=device), lengths, output_size=packing.tokens)
+    places = torch.arange(packing.tokens, device=device) - packing.cu_seqlens[rows]
+    return dataclasses.replace(packing, indices=rows * packing.max_seqlen + places, seqlen=packing.max_seqlen)
 
 
 class T5Attention(RoutedAttention):

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fastformer.ops.attention.options import Options
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.attention.reference import attention_reference
-from fastformer.ops.operator import Kernel, Operator, differentiate
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
 from fastformer.ops.random import dropout_threshold
 from fastformer.ops.validate import FLOATS
 
@@ -102,8 +102,6 @@ def run(
 
 
 def make_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
-    from fastformer.kernels.attention.call import Call
-
     query, key, _, cu_q, _, max_q, max_k, mask, *extras = tensors
     if mask is not None:
         # Only here, so that the gradient has the shape that was given.
@@ -114,7 +112,7 @@ def make_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
         tensors = (*tensors[:7], mask, *extras)
     dropout_p, *rest = numbers
     arguments: list[Any] = [*tensors, dropout_p, dropout_threshold(dropout_p), *rest]
-    return Call(*arguments)
+    return kernels("attention.call").Call(*arguments)
 
 
 def _forward(
@@ -137,10 +135,8 @@ def _forward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    from fastformer.kernels.attention.forward import attention_forward
-
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
-    return attention_forward(
+    return kernels("attention.forward").attention_forward(
         make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
     )
 
@@ -182,11 +178,9 @@ def _backward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastformer.kernels.attention.backward import attention_backward
-
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
     call = make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, sinks, seed), numbers)
-    return attention_backward(call, out, lse, grad_out, grad_lse)
+    return kernels("attention.backward").attention_backward(call, out, lse, grad_out, grad_lse)
 
 
 def _fake_backward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

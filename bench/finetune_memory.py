@@ -1,0 +1,101 @@
+"""Memory that a training step keeps for backward: stock against patched, counted to the byte.
+
+    python -m bench.finetune_memory --data reviews_zh --max-length 512      # FASTFORMER_DATA names the data
+
+Counts every tensor that autograd saves (`torch.autograd.graph.saved_tensors_hooks`), each storage once, parameters left
+out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and
+two layers keep gives the twelve, and where only the shape of a batch counts, one row and two give all. The whole is
+that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU, `bench_finetune` shows the peak that PyTorch's
+allocator saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import random
+from pathlib import Path
+
+import torch
+import transformers
+
+import fastformer as ff
+from bench.bench_finetune import SIZES, VOCAB, pad, reviews
+
+LAYERS = 12
+STATE_BYTES = 16
+
+
+def saved_bytes(
+    implementation: str, patched: bool, layers: int, attention_dropout: float, batch: dict[str, torch.Tensor]
+) -> tuple[int, int]:
+    """Bytes that one step keeps for backward, and the number of parameters."""
+    torch.manual_seed(0)
+    settings = {**SIZES["base"], "num_hidden_layers": layers, "vocab_size": VOCAB}
+    settings["attention_probs_dropout_prob"] = attention_dropout
+    config = transformers.BertConfig(**settings, attn_implementation=implementation)
+    model = transformers.BertForSequenceClassification(config).train()
+    if patched:
+        ff.patch(model)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # The graph lives until the count is read, so no storage is counted twice or reused.
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = model(**batch).loss
+    total = sum(kept.values())
+    del loss
+    return total, sum(p.numel() for p in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["reviews_zh"], help="folders below FASTFORMER_DATA")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--full", action="store_true", help="every row as long as max-length: no padding to remove")
+    parser.add_argument("--attention-dropout", type=float, default=0.1, help="at 0, SDPA keeps no weights on a CPU")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, fastformer {ff.__version__}, fp32")
+    for data in arguments.data:
+        rows = reviews(Path(os.environ["FASTFORMER_DATA"]) / data, 20 * arguments.batch, arguments.max_length)
+        rows = random.Random(1).sample(rows, arguments.batch)
+        if arguments.full:
+            rows = [
+                {**row, "input_ids": (row["input_ids"] * arguments.max_length)[: arguments.max_length]} for row in rows
+            ]
+        batch = pad(rows, arguments.max_length)
+        share = batch["attention_mask"].float().mean().item()
+        shape = f"batch {arguments.batch} x {arguments.max_length}, {share:.0%} real"
+        print(f"\nBERT-base, {data}, {shape}, dropout 0.1, in attention {arguments.attention_dropout}")
+        peaks = {}
+        for name, implementation, patched in (
+            ("stock eager", "eager", False), ("stock sdpa", "sdpa", False), ("ours", "sdpa", True),
+        ):  # fmt: skip
+            by_shape = arguments.full or not patched
+            sizes = []
+            for layers in (1, 2):
+                take = functools.partial(saved_bytes, implementation, patched, layers, arguments.attention_dropout)
+                if by_shape:
+                    (one, parameters), (two, _) = (take({k: v[:n] for k, v in batch.items()}) for n in (1, 2))
+                    sizes.append((one + (arguments.batch - 1) * (two - one), parameters))
+                else:
+                    sizes.append(take(batch))
+            (one, small), (two, large) = sizes
+            kept, parameters = one + (LAYERS - 1) * (two - one), small + (LAYERS - 1) * (large - small)
+            peaks[name] = kept + STATE_BYTES * parameters
+            base = peaks["stock eager"], peaks.get("stock sdpa", peaks["stock eager"])
+            shares = f"{peaks[name] / base[0]:.0%} of eager, {peaks[name] / base[1]:.0%} of sdpa"
+            print(f"  {name:12} {kept / 2**30:6.2f} GiB for backward, {peaks[name] / 2**30:6.2f} GiB in all: {shares}")
+
+
+if __name__ == "__main__":
+    main()

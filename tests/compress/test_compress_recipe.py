@@ -1,0 +1,54 @@
+"""examples/compress.py from one end to the other, on rows that are easily told apart."""
+
+import csv
+import gzip
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+from fastformer.compress import load
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "compress.py"
+SMALL = (
+    "--rows 96 --test-rows 64 --batch 16 --interval 15 --evaluations 14 --width 32 --layers 2 --vocab 300 --patience 2"
+)
+
+
+def write(path, count, seed):
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = draw.choice(["bad", "good"])
+        words = [label, *draw.choices([label, "一", "so", "book"], k=draw.randint(0, 6))]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ("text", "label"))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("patch", ["--patch", "--no-patch"])
+def test_recipe(patch, tmp_path, capsys):
+    write(tmp_path / "train.csv.gz", 160, 0)
+    write(tmp_path / "validation.csv.gz", 64, 1)
+    spec = importlib.util.spec_from_file_location("compress_recipe", EXAMPLE)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    out = tmp_path / "out"
+    report = recipe.main(["--data", str(tmp_path), "--output", str(out), "--lr", "3e-3", patch, *SMALL.split()])
+    assert report.within_tolerance
+    assert report.test[0] > 0.9
+    assert report.test[1] > 0.9
+    assert report.encoder_parameters[1] < 0.7 * report.encoder_parameters[0]
+    assert "one shot" in capsys.readouterr().out
+    assert {"report.md", "compression.png", "config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    model = load(out)
+    assert sum(p.numel() for p in model.parameters()) == report.parameters[1]
+    assert model(torch.tensor([[1, 5, 6, 2]])).logits.shape == (1, 2)
