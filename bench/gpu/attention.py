@@ -2,7 +2,7 @@
 
 - Dense: bf16, 16k tokens and 2048 features in every row, as published tables have them (FlashAttention-3, arXiv
   2407.08608): heads = 2048 / head_dim. FLOP: forward 4·B·H·S²·D, half if causal; backward 2.5 times that.
-- "hopper" is ours with the Hopper kernels forced (FASTFORMER_BACKEND=hopper); "ours" takes what it takes by itself.
+- "fastformer hopper" is ours with the Hopper kernels forced (FASTFORMER_BACKEND=hopper), and no peer.
 - Uneven: BERT-base heads, lengths as text has them, against padding with a mask; FLOP of the real tokens only.
 """
 
@@ -26,6 +26,7 @@ from bench.gpu.results import Row, check_close
 from bench.gpu.timing import Timing, difference, median_time
 
 Attend = Callable[..., Tensor]
+HOPPER = "fastformer hopper"
 
 # The sizes that say most come first, should the stage's time run out.
 LENGTHS = (512, 4096, 1024, 128, 8192, 2048, 256)
@@ -97,12 +98,12 @@ def dense(batch: int, heads: int, length: int, head_dim: int, causal: bool) -> R
     errors = _check(_ours, sets[0], causal)
     flop = 4 * batch * heads * length**2 * head_dim / (2 if causal else 1)
     row: Row = {"shape": shape, "causal": causal, "dtype": str(dtype), "errors": errors, "fwd": {}, "bwd": {}}
-    for name, attend in {"ours": _ours, "hopper": _ours, **PEERS}.items():
+    for name, attend in {"ours": _ours, HOPPER: _ours, **PEERS}.items():
         if name == "math" and length > MATH_UP_TO:
             continue
         try:
-            with _forced("hopper") if name == "hopper" else contextlib.nullcontext():
-                if name == "hopper":
+            with _forced("hopper") if name == HOPPER else contextlib.nullcontext():
+                if name == HOPPER:
                     row["hopper errors"] = _check(attend, sets[0], causal)
                 forward, backward = _time(attend, sets, causal)
         except RuntimeError as error:
@@ -162,13 +163,13 @@ def uneven(limit: int) -> Row:
     }
     for name, attend, sets in (
         ("ours", packed, packed_sets),
-        ("hopper", packed, packed_sets),
+        (HOPPER, packed, packed_sets),
         ("padded", padded, padded_sets),
         ("torch varlen", peer, packed_sets),
     ):
         try:
-            with _forced("hopper") if name == "hopper" else contextlib.nullcontext():
-                if name == "hopper":
+            with _forced("hopper") if name == HOPPER else contextlib.nullcontext():
+                if name == HOPPER:
                     row["hopper errors"] = _check_uneven(attend, padded, first, mask)
                 forward, backward = _time(attend, sets, False)
         except (RuntimeError, ImportError, TypeError) as error:
