@@ -106,7 +106,7 @@ def _unit(rows: list[Stored]) -> str:
 
 def _ratio(rates: dict[str, Any], unit: str) -> float:
     """Ours over the fastest peer; NaN where either is missing."""
-    peers = [rate[unit] for name, rate in rates.items() if name != "ours" and unit in rate]
+    peers = [rate[unit] for name, rate in rates.items() if not name.startswith(("ours", "fastformer")) and unit in rate]
     return rates["ours"][unit] / max(peers) if peers and unit in rates["ours"] else math.nan
 
 

@@ -30,7 +30,7 @@ from fastformer.kernels.attention.score import (
 from fastformer.kernels.attention.wide import wide_key, wide_query
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
-from fastformer.kernels.targets import target_of
+from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 @triton.jit
@@ -427,7 +427,12 @@ def attention_backward(
             ),
             prepare_query,
         )  # fmt: skip
-    if key.numel() or value.numel():
+    hopper = False
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_backward_key
+
+        hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
+    if (key.numel() or value.numel()) and not hopper:
         call.launch(
             ("dK and dV", grad_out.stride()),
             (

@@ -31,7 +31,7 @@ from fastformer.kernels.attention.score import (
 from fastformer.kernels.attention.wide import wide_forward
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
-from fastformer.kernels.targets import target_of
+from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 @triton.jit
@@ -207,6 +207,12 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
     query, value = call.query, call.value
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_forward
+
+        results = hopper_forward(call)
+        if results is not None:
+            return results
     tokens = query.shape[0] if call.packed else 0
     out = call.empty_like(query, call.value_dim)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
