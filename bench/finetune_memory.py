@@ -4,9 +4,9 @@
 
 Counts every tensor that autograd saves (`torch.autograd.graph.saved_tensors_hooks`), each storage once, parameters left
 out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and
-two layers keep gives the twelve, and where only the shape of a batch counts, one row and two give all. The whole is
-that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU, `bench_finetune` shows the peak that PyTorch's
-allocator saw.
+two layers keep gives the twelve; and where only the shape of a batch counts, two rows and three give all of them. The
+whole is that, and 16 bytes a parameter for weight, gradient and AdamW. On a GPU, `bench_finetune` shows the peak that
+PyTorch's allocator saw.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def main() -> None:
             for layers in (1, 2):
                 take = functools.partial(saved_bytes, implementation, patched, layers, arguments.attention_dropout)
                 if by_shape:
-                    (one, parameters), (two, _) = (take({k: v[:n] for k, v in batch.items()}) for n in (1, 2))
-                    sizes.append((one + (arguments.batch - 1) * (two - one), parameters))
+                    (two, parameters), (three, _) = (take({k: v[:n] for k, v in batch.items()}) for n in (2, 3))
+                    sizes.append((two + (arguments.batch - 2) * (three - two), parameters))
                 else:
                     sizes.append(take(batch))
             (one, small), (two, large) = sizes

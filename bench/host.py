@@ -173,7 +173,7 @@ def main() -> int:
     from bench.gpu.results import Results
 
     parser = argparse.ArgumentParser(prog="python -m bench.host", description="host cost of every operator on the CPU")
-    parser.add_argument("folder", type=Path, help="where host-cost.json goes, for fastformer bench report")
+    parser.add_argument("folder", type=Path, help="where results.json goes, for fastformer bench report")
     parser.add_argument("--only", action="append", help="one operator (repeatable)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ OURS = "fastformer"
 MACHINE = ("device", "driver", "torch", "triton", "transformers", "python", "commit")
 
 
-class ReportError(ValueError):
+class ReportError(Exception):
     """A source that cannot be reported, in one sentence."""
 
 
@@ -60,7 +60,13 @@ def read(source: Path) -> list[Suite]:
         ReportError: it is neither, or holds a wrong result.
     """
     if source.is_dir():
-        found = [_stage(path) for path in sorted(source.glob("*.json"))]
+        from bench.gpu.results import FILE, load
+
+        path = source / FILE
+        try:
+            found = [_stage(path, stage) for stage in load(source).values()]
+        except (KeyError, TypeError, ValueError):
+            raise ReportError(f"{path} was not written by make gpu") from None
         suites = [suite for suite in found if suite is not None]
         if not suites:
             raise ReportError(f"{source} holds no result of make gpu")
@@ -92,10 +98,7 @@ def _benchmarks(content: dict[str, Any]) -> list[Suite]:
     return list(suites.values())
 
 
-def _stage(path: Path) -> Suite | None:
-    stage = json.loads(path.read_text())
-    if not isinstance(stage, dict) or "rows" not in stage:
-        return None
+def _stage(path: Path, stage: dict[str, Any]) -> Suite | None:
     faults = [row["key"] for row in stage["rows"] if "fault" in row]
     if faults:
         raise ReportError(f"{path} holds wrong or missing results ({', '.join(faults[:3])}), which are not reported")
@@ -149,7 +152,8 @@ def write(suite: Suite, root: Path) -> list[Path]:
 
 def best_peer(figures: dict[str, Figure]) -> str | None:
     """The fastest implementation that is not ours."""
-    return min((name for name in figures if name != OURS), key=lambda name: figures[name].seconds, default=None)
+    peers = (name for name in figures if not name.startswith(OURS))
+    return min(peers, key=lambda name: figures[name].seconds, default=None)
 
 
 def _table(suite: Suite) -> list[str]:

@@ -117,11 +117,30 @@ def _attention(tiny: bool, device: torch.device) -> dict[str, Subject]:
         ]
         return torch.cat(outs)
 
+    def wide(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        return ff.ops.scaled_dot_product_attention(q, k, v, is_causal=True, causal_alignment="bottom-right")
+
+    def maps(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        out, lse = ff.ops.scaled_dot_product_attention(q, k, v, is_causal=True, return_lse=True)
+        return out, ff.ops.attention_weights(q, k, lse, is_causal=True).to(out.dtype)
+
+    def stock_maps(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        ahead = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        weights = (q @ k.mT * head_dim**-0.5).masked_fill(ahead, -torch.inf).softmax(-1)
+        return weights @ v, weights.mean(1)
+
     return {
         "attention": Subject(ff.ops.scaled_dot_product_attention, F.scaled_dot_product_attention, dense),
         "attention causal": Subject(causal, stock_causal, dense),
         "attention masked": Subject(masked, stock_masked, dense),
         "attention grouped": Subject(grouped, stock_grouped, few),
+        "attention biased": Subject(
+            ff.ops.scaled_dot_product_attention,
+            F.scaled_dot_product_attention,
+            (*dense, (1, heads, length, length)),
+        ),
+        "attention wide": Subject(wide, stock_causal, ((batch, heads, length, 16 if tiny else 320),) * 3),
+        "attention_weights": Subject(maps, stock_maps, dense),
         "attention_varlen": Subject(varlen, stock_varlen, ((total, heads, head_dim),) * 3),
     }
 

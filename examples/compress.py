@@ -27,9 +27,15 @@ SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
 
 
 def read(folder: Path, name: str) -> list[tuple[str, str]]:
-    path = folder / name
-    data = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
-    rows = csv.DictReader(data.decode("utf-8-sig").splitlines(keepends=True))
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise SystemExit(f"--data {folder} holds neither {name} nor {name}.gz")
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = list(csv.DictReader(data.decode("utf-8-sig").splitlines(keepends=True)))
+    if not rows or not {"text", "label"} <= rows[0].keys():
+        raise SystemExit(
+            f"{path} must have rows, and columns text and label, got {list(rows[0]) if rows else 'no row'}"
+        )
     return [(row["text"], row["label"]) for row in rows if row["text"].strip()]
 
 
@@ -95,6 +101,8 @@ def main(arguments: list[str] | None = None) -> ff.compress.CompressionReport:
     random.Random(args.seed).shuffle(parts[0])
     parts = [parts[0][args.test_rows :][: args.rows], parts[1], parts[0][: args.test_rows]]
     classes = sorted({label for _, label in parts[0]})
+    if unknown := {label for part in parts for _, label in part} - set(classes):
+        raise SystemExit(f"no training row has the labels {sorted(unknown)}")
     torch.manual_seed(args.seed)
     model, tok, encode = load(args, [text for text, _ in parts[0]], len(classes))
     rows, validation, test = (

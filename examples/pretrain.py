@@ -11,17 +11,15 @@ weights, bit for bit, as one that was not.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import recipe
 import torch
 import transformers
-from pretraining_data import IGNORED, Batches, TextStream, held_out, is_held_out, paragraphs, text_files
+from pretraining_data import Batches, TextStream, held_out, is_held_out, paragraphs, perplexity, text_files, to_device
 from recipe_trainer import LOG_EVERY, NEW_MODEL_RATE, WARMUP, Clock, LossWatch, finish
 from tqdm import tqdm
 
@@ -112,28 +110,6 @@ class Run:
             there = f"the last good checkpoint is {self.path}, to go on from with --resume"
             error.add_note(there if self.path.is_file() else "there was no checkpoint yet")
             raise
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-@torch.no_grad()
-def perplexity(model: Any, batches: Batches, texts: Sequence[str], limit: int, device: torch.device) -> float:
-    """exp of the mean loss of a predicted token of the texts, with dropout off and the same places masked each time."""
-    model.eval()
-    masking, total, count = np.random.default_rng(0), 0.0, 0
-    rows = [ids[:limit] for ids in batches.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    for start in range(0, len(rows), batches.size):
-        batch = batches.collate([batches.single(ids, masking) for ids in rows[start : start + batches.size]])
-        labels = batch.pop("labels")
-        out = model(**to_device(batch, device))
-        logits = out.prediction_logits if batches.objective == "mlm+nsp" else out.logits
-        if batches.objective == "clm":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float().cpu(), labels.flatten(), reduction="sum")
-        total, count = total + float(loss), count + int((labels != IGNORED).sum())
-    return math.exp(min(50.0, total / max(1, count)))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

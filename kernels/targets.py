@@ -4,6 +4,7 @@
 - `target_of(device)` tells which one a tensor's device is; `assume(target)` makes launchers choose for another one,
   which is how the ahead-of-time gate compiles every configuration without a GPU.
 - Launchers pick their tile configuration from `Target` alone, so that choice and check read the same table.
+- `hopper_chosen(device)` tells whether attention takes the Hopper kernels there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton
 
 
 @dataclass(frozen=True, eq=False)  # one object a device: compared and hashed by identity, at every launch
@@ -56,6 +58,10 @@ TARGETS = {
 }
 # The interpreter runs one program at a time; two multiprocessors exercise the partial-row reductions.
 INTERPRETER = Target("interpreter", "interpreter", 0, 1 << 20, 32, 2)
+
+# (name of the GPU as its driver gives it, major.minor of Triton) on which tests/gpu has passed with
+# FASTFORMER_BACKEND=hopper. Empty: no GPU has run the Hopper kernels yet.
+HOPPER_PROVEN: frozenset[tuple[str, str]] = frozenset()
 
 _assumed: Target | None = None
 
@@ -110,3 +116,17 @@ def _device_target(index: int) -> Target:
     if not shared:
         shared = TARGETS.get(f"sm_{arch}", TARGETS["sm_86"]).shared_memory
     return Target(f"sm_{arch}", "cuda", arch, shared, 32, count)
+
+
+def hopper_chosen(device: torch.device) -> bool:
+    """Whether calls on `device` take the Hopper kernels where these take them: the device has wgmma, and either the
+    kernels are proven on it with this Triton or FASTFORMER_BACKEND=hopper asks for them."""
+    choice = os.environ.get("FASTFORMER_BACKEND")
+    if choice == "portable" or not (choice == "hopper" or HOPPER_PROVEN):
+        return False
+    if target_of(device).name != "sm_90":
+        return False
+    if choice == "hopper":
+        return True
+    version = ".".join(triton.__version__.split(".")[:2])
+    return device.type == "cuda" and (torch.cuda.get_device_name(device), version) in HOPPER_PROVEN

@@ -192,4 +192,4 @@ def test_tables_give_ratios(machine, tmp_path):
     assert "median 0.80" in report.write(tmp_path)
     table = (tmp_path / "summary.md").read_text()
     assert "| case | 400 | 500 | – | 0.80 | 0.50 | 1.00 |" in table
-    assert len(json.loads((tmp_path / "bench-attention.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "results.json").read_text())["stages"]["bench-attention"]["rows"]) == 2

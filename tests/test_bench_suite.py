@@ -73,8 +73,9 @@ def test_report(measured, tmp_path, capsys):
 def stored(key="case", **row):
     machine = dict.fromkeys(("driver", "torch", "triton", "transformers", "python", "commit", "sources"), "x")
     ceilings = {"key": "ceilings", "ceilings": {"copy_gbs": 4000.0, "matmul_tflops": 800.0}}
-    return {"stage": "bench-fused", "machine": {"device": "GPU A/B", **machine}, "complete": True,
+    stage = {"stage": "bench-fused", "machine": {"device": "GPU A/B", **machine}, "complete": True,
             "rows": [ceilings, {"key": key, **row}]}  # fmt: skip
+    return {"stages": {"bench-fused": stage}}
 
 
 def test_figures_beside_the_best_peer_and_the_limit(tmp_path):
@@ -83,14 +84,14 @@ def test_figures_beside_the_best_peer_and_the_limit(tmp_path):
         "eager": {"us": 40.0, "gbs": 800.0},
         "compiled": {"us": 15.0, "gbs": 2133.0},
     }
-    (tmp_path / "bench-fused.json").write_text(json.dumps(stored(fwd=rates)))
+    (tmp_path / "results.json").write_text(json.dumps(stored(fwd=rates)))
     assert main(["bench", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "gpu-a-b" / "bench-fused.md").read_text()
     assert "| case fwd | 10 | 40 | 15 | 1.5 | 3.2e+03 GB/s | 0.8 |" in text
 
 
 def test_host_cost_table(tmp_path):
-    (tmp_path / "host-cost.json").write_text(json.dumps(stored("layer_norm", host_us={"forward": 12.5, "both": 31.0})))
+    (tmp_path / "results.json").write_text(json.dumps(stored("layer_norm", host_us={"forward": 12.5, "both": 31.0})))
     assert main(["bench", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     (table,) = (tmp_path / "out").glob("*/*.md")
     assert "| layer_norm | – | 12.5 | 31 | – | – |" in table.read_text()
@@ -101,13 +102,13 @@ def test_what_cannot_be_reported_is_said_in_one_sentence(tmp_path, capsys):
     (tmp_path / "b.json").write_text("nonsense")
     wrong = tmp_path / "wrong"
     wrong.mkdir()
-    (wrong / "x.json").write_text(json.dumps(stored(fault="WRONG RESULT: dx")))
+    (wrong / "results.json").write_text(json.dumps(stored(fault="WRONG RESULT: dx")))
     empty = tmp_path / "empty"
     empty.mkdir()
     rehearsed = stored(fwd={"ours": {"us": 1.0, "gbs": 1.0}})
-    rehearsed["machine"]["device"] = "CPU rehearsal"
+    rehearsed["stages"]["bench-fused"]["machine"]["device"] = "CPU rehearsal"
     (tmp_path / "rehearsed").mkdir()
-    (tmp_path / "rehearsed" / "x.json").write_text(json.dumps(rehearsed))
+    (tmp_path / "rehearsed" / "results.json").write_text(json.dumps(rehearsed))
     for source, message in (
         ("a.json", "was not written by pytest --benchmark"),
         ("b.json", "is no JSON"),

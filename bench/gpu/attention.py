@@ -2,6 +2,7 @@
 
 - Dense: bf16, 16k tokens and 2048 features in every row, as published tables have them (FlashAttention-3, arXiv
   2407.08608): heads = 2048 / head_dim. FLOP: forward 4·B·H·S²·D, half if causal; backward 2.5 times that.
+- "fastformer hopper" is ours with the Hopper kernels forced (FASTFORMER_BACKEND=hopper), and no peer.
 - Uneven: BERT-base heads, lengths as text has them, against padding with a mask; FLOP of the real tokens only.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from bench.gpu.results import Row, check_close
 from bench.gpu.timing import Timing, difference, median_time
 
 Attend = Callable[..., Tensor]
+HOPPER = "fastformer hopper"
 
 # The sizes that say most come first, should the stage's time run out.
 LENGTHS = (512, 4096, 1024, 128, 8192, 2048, 256)
@@ -65,6 +68,20 @@ def _stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+@contextlib.contextmanager
+def _forced(backend: str) -> Iterator[None]:
+    """For forward and backward alike: autograd's threads read the same environment."""
+    before = os.environ.get("FASTFORMER_BACKEND")
+    os.environ["FASTFORMER_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTFORMER_BACKEND"]
+        else:
+            os.environ["FASTFORMER_BACKEND"] = before
+
+
 PEERS: dict[str, Attend] = {
     "flash": functools.partial(_stock, SDPBackend.FLASH_ATTENTION),
     "cudnn": functools.partial(_stock, SDPBackend.CUDNN_ATTENTION),
@@ -81,11 +98,14 @@ def dense(batch: int, heads: int, length: int, head_dim: int, causal: bool) -> R
     errors = _check(_ours, sets[0], causal)
     flop = 4 * batch * heads * length**2 * head_dim / (2 if causal else 1)
     row: Row = {"shape": shape, "causal": causal, "dtype": str(dtype), "errors": errors, "fwd": {}, "bwd": {}}
-    for name, attend in {"ours": _ours, **PEERS}.items():
+    for name, attend in {"ours": _ours, HOPPER: _ours, **PEERS}.items():
         if name == "math" and length > MATH_UP_TO:
             continue
         try:
-            forward, backward = _time(attend, sets, causal)
+            with _forced("hopper") if name == HOPPER else contextlib.nullcontext():
+                if name == HOPPER:
+                    row["hopper errors"] = _check(attend, sets[0], causal)
+                forward, backward = _time(attend, sets, causal)
         except RuntimeError as error:
             if name == "ours":
                 raise
@@ -143,11 +163,15 @@ def uneven(limit: int) -> Row:
     }
     for name, attend, sets in (
         ("ours", packed, packed_sets),
+        (HOPPER, packed, packed_sets),
         ("padded", padded, padded_sets),
         ("torch varlen", peer, packed_sets),
     ):
         try:
-            forward, backward = _time(attend, sets, False)
+            with _forced("hopper") if name == HOPPER else contextlib.nullcontext():
+                if name == HOPPER:
+                    row["hopper errors"] = _check_uneven(attend, padded, first, mask)
+                forward, backward = _time(attend, sets, False)
         except (RuntimeError, ImportError, TypeError) as error:
             if name == "ours":
                 raise

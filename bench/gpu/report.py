@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.machine import ROOT
+from bench.gpu.results import FILE, load
 
 Stored = dict[str, Any]
 
@@ -56,15 +56,9 @@ def save(folder: Path) -> Path:
         raise SystemExit(f"{len(faults)} results are wrong or missing (summary.md in {folder}); they are not saved")
     target = ROOT / "bench" / "results" / machine["device"].lower().replace(" ", "-").replace("/", "-")
     target.mkdir(parents=True, exist_ok=True)
-    for path in [*(folder / f"{name}.json" for name in stored), folder / "summary.md"]:
-        shutil.copy(path, target)
+    for name in (FILE, "summary.md"):
+        shutil.copy(folder / name, target)
     return target
-
-
-def load(folder: Path) -> dict[str, Stored]:
-    """Every stage's stored results, in the order of their files' names."""
-    found = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
-    return {stage["stage"]: stage for stage in found}
 
 
 def _ceilings(stored: dict[str, Stored]) -> dict[str, float]:
@@ -112,7 +106,7 @@ def _unit(rows: list[Stored]) -> str:
 
 def _ratio(rates: dict[str, Any], unit: str) -> float:
     """Ours over the fastest peer; NaN where either is missing."""
-    peers = [rate[unit] for name, rate in rates.items() if name != "ours" and unit in rate]
+    peers = [rate[unit] for name, rate in rates.items() if not name.startswith(("ours", "fastformer")) and unit in rate]
     return rates["ours"][unit] / max(peers) if peers and unit in rates["ours"] else math.nan
 
 

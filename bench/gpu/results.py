@@ -16,14 +16,21 @@ from bench.gpu.machine import Machine
 from bench.gpu.place import on_gpu
 
 Row = dict[str, Any]
+FILE = "results.json"
 
 
 class WrongResult(AssertionError):
     """A result differs from the reference by more than it may: it is reported, and never timed."""
 
 
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every stage's stored results by name; {} where there are none."""
+    path = folder / FILE
+    return json.loads(path.read_text())["stages"] if path.exists() else {}
+
+
 class Results:
-    """The rows of one stage in OUT/<stage>.json.
+    """The rows of one stage in OUT/results.json, which all stages share: a loan brings few files back.
 
     Args:
         stage: its name.
@@ -33,28 +40,29 @@ class Results:
     """
 
     def __init__(self, stage: str, folder: Path, machine: Machine, fresh: bool = False) -> None:
-        self.path = folder / f"{stage}.json"
+        self.path = folder / FILE
         self.stage = stage
         self.machine = machine
         self.complete = False
         self.rows: dict[str, Row] = {}
-        if self.path.exists() and not fresh:
-            stored = json.loads(self.path.read_text())
-            if stored["machine"] == machine.as_dict():
-                self.rows = {row["key"]: row for row in stored["rows"]}
-                self.complete = stored["complete"]
+        stored = load(folder).get(stage)
+        if stored is not None and not fresh and stored["machine"] == machine.as_dict():
+            self.rows = {row["key"]: row for row in stored["rows"]}
+            self.complete = stored["complete"]
 
     def add(self, key: str, row: Row) -> None:
         self.rows[key] = {"key": key, **row}
         self.write()
 
     def write(self) -> None:
-        content = {
+        stages = load(self.path.parent)
+        stages[self.stage] = {
             "stage": self.stage,
             "machine": self.machine.as_dict(),
             "complete": self.complete,
             "rows": list(self.rows.values()),
         }
+        content = {"stages": dict(sorted(stages.items()))}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")

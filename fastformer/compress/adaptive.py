@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastformer.compress.checking import check_count, check_share
 from fastformer.compress.compacting import compact
 from fastformer.compress.gate import Gate
 from fastformer.compress.ladder import check_rungs, climb
@@ -119,11 +120,11 @@ class AdaptiveCompressor:
         self.optimizer = torch_optimizer(optimizer)
         self.gate = Gate(tolerance, eval_size, standard_error, greater_is_better, reference)
         for name, value in (("patience", patience), ("recovery", recovery)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_count(name, value)
         for name, share in (("rise", rise), ("resolution", resolution), ("max_rate", max_rate)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {share!r}")
+            check_share(name, share)
+        if target is not None and not isinstance(target, Target):
+            raise TypeError(f"target must be a Target, got {type(target).__name__}")
         self.model, self.sites, self.test = model, sites, test
         self.pruner = Pruner(model, sites, keep_heads, keep_channels, multiple_of, uniform)
         self.patience, self.recovery = patience, recovery

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastformer.compress.checking import check_count, is_number
+
 ERRORS = 2.0  # a loss of fewer standard errors than this cannot be told from chance
 
 
@@ -32,13 +34,13 @@ class Gate:
     def __post_init__(self) -> None:
         if (self.eval_size is None) == (self.standard_error is None):
             raise ValueError("give exactly one of eval_size and standard_error: the tolerance is measured against them")
-        if self.eval_size is not None and (not isinstance(self.eval_size, int) or self.eval_size < 1):
-            raise ValueError(f"eval_size must be a positive integer, got {self.eval_size!r}")
+        if self.eval_size is not None:
+            check_count("eval_size", self.eval_size)
         for name in ("tolerance", "standard_error"):
             amount = getattr(self, name)
-            if amount is not None and not (math.isfinite(amount) and amount >= 0):
+            if amount is not None and not (is_number(amount) and amount >= 0):
                 raise ValueError(f"{name} must be a finite number of 0 or more, got {amount!r}")
-        if self.reference is not None and not math.isfinite(self.reference):
+        if self.reference is not None and not is_number(self.reference):
             raise ValueError(f"reference must be a finite number, got {self.reference!r}")
         least = ERRORS * (self.standard_error or 0.0)
         if self.tolerance is not None and self.tolerance < least:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastformer.compress.checking import check_count, check_share
 from fastformer.compress.sites import Site, Sites, parameter_of, require_sites
 
 
@@ -43,8 +44,7 @@ class Pruner:
         uniform: bool = False,
     ) -> None:
         for name, value in (("keep_heads", keep_heads), ("keep_channels", keep_channels), ("multiple_of", multiple_of)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_count(name, value)
         self.model, self.sites, self.uniform = model, sites, uniform
         self.multiple_of = multiple_of
         self.least = [min(s.units, keep_heads if s.kind == "heads" else keep_channels) for s in sites]
@@ -186,7 +186,7 @@ def prune(model: torch.nn.Module, rate: float, losses: Iterable[Tensor], **optio
 
     Args:
         model: the model, in place.
-        rate: share of the prunable parameters to go, 0 to 1.
+        rate: share of the prunable parameters to go, above 0 and up to 1.
         losses: of the model on some batches, each made when it is asked for: a generator.
         options: of `Pruner`.
 
@@ -194,10 +194,9 @@ def prune(model: torch.nn.Module, rate: float, losses: Iterable[Tensor], **optio
         The pruner: hold() after each optimizer step keeps the zeros, should training go on before `compact`.
 
     Raises:
-        ValueError: `rate` is not between 0 and 1, nothing can be pruned, or there were no losses.
+        ValueError: `rate` is out of range, nothing can be pruned, or there were no losses.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must lie between 0 and 1, got {rate!r}")
+    check_share("rate", rate)
     pruner = Pruner(model, require_sites(model), **options)
     model.zero_grad()
     for loss in losses:

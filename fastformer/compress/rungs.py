@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastformer.compress.checking import is_number
 from fastformer.compress.describing import description, put
 from fastformer.compress.sites import find_sites
 from fastformer.integrations.swap import original_class
@@ -75,7 +76,7 @@ def low_rank(model: torch.nn.Module, energy: float) -> dict[str, int]:
     Raises:
         ValueError: `energy` is not between 0 and 1, or the model has no linear layer that can be replaced.
     """
-    if not 0 < energy < 1:
+    if not is_number(energy) or not 0 < energy < 1:
         raise ValueError(f"energy must lie between 0 and 1, got {energy!r}")
     layers = list(linear_layers(model))
     if not layers:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastformer.compress.checking import check_model
 from fastformer.compress.compacting import apply_description
 from fastformer.compress.describing import ATTRIBUTE, description, put
 from fastformer.compress.sharing import tie
@@ -25,7 +26,11 @@ def save(model: torch.nn.Module, folder: str | Path) -> None:
     Args:
         model: the model; patched or not.
         folder: made if it is missing.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
     """
+    check_model(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = description(model)

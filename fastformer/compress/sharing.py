@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastformer.compress.checking import check_model
 from fastformer.compress.describing import description, put
 from fastformer.compress.families import LAYERS
 from fastformer.integrations.swap import class_path
@@ -47,8 +48,10 @@ def share_layers(model: torch.nn.Module, groups: int = 1) -> SharingReport:
         groups: distinct layers a stack, 1 to their number.
 
     Raises:
+        TypeError: `model` is not a torch.nn.Module.
         ValueError: the model has no stack of known layers, `groups` does not fit, or layers have different shapes.
     """
+    check_model(model)
     stacks = [
         (path, module)
         for path, module in model.named_modules()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastformer.compress.checking import check_model
 from fastformer.compress.families import LAYERS, NAMES, Channels, Heads, Layer
 from fastformer.integrations.swap import class_path, original_class
 
@@ -117,8 +118,7 @@ def find_sites(model: torch.nn.Module, trainable: bool = True) -> Sites:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found = Sites()
     for path, module in model.named_modules():

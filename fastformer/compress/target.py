@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastformer.compress.checking import is_number
 from fastformer.compress.compacting import shrink
 from fastformer.compress.loops import from_first
 from fastformer.compress.measuring import flops, latency
@@ -40,8 +41,8 @@ class Target:
         if len(given) != 1:
             raise ValueError(f"give exactly one of parameters, flops and latency, got {sorted(given) or 'none'}")
         ((name, value),) = given.items()
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
         if name != "parameters" and self.batch is None:
             raise ValueError(f"a target of {name} needs a batch to measure it on, got None")
 

@@ -3,6 +3,9 @@
 - CUDA and ROCm tensors run the kernels where triton can be imported; everything else runs PyTorch's operators.
 - `FASTFORMER_BACKEND=triton|torch` forces one for the whole process. Forcing triton where it cannot run is an error,
   never a silent fallback.
+- Of the attention kernels there are two families, the portable ones and those for Hopper (sm_90), which are chosen
+  where they are proven (`fastformer.kernels.targets`). `FASTFORMER_BACKEND=hopper|portable` forces one, and triton with
+  it; calls with options that the Hopper kernels lack take the portable ones all the same.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from collections.abc import Iterator
 
 import torch
 
-_CHOICES = ("auto", "triton", "torch")
+_CHOICES = ("auto", "triton", "torch", "hopper", "portable")
 MINIMUM_TRITON = (3, 6)
 _standing_in = False
 
 
 def forced_backend() -> str:
-    """The value of FASTFORMER_BACKEND: "auto" (unset), "triton" or "torch".
+    """The value of FASTFORMER_BACKEND: "auto" (unset), "triton", "torch", "hopper" or "portable".
 
     Raises:
         ValueError: it is set to anything else.
@@ -53,7 +56,7 @@ def backend_for(device: torch.device) -> str:
     """ "triton" or "torch" for tensors on `device`. Tensors on "meta" have shapes only, which PyTorch's operators tell.
 
     Raises:
-        RuntimeError: FASTFORMER_BACKEND=triton, but triton cannot run there.
+        RuntimeError: FASTFORMER_BACKEND names a family of kernels that cannot run there.
     """
     if _standing_in:
         return "triton"
@@ -62,16 +65,23 @@ def backend_for(device: torch.device) -> str:
     if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
     usable, why = triton_status()
-    if choice == "triton":
+    if choice != "auto":
         if not usable:
-            raise RuntimeError(f"FASTFORMER_BACKEND=triton, but {why}")
+            raise RuntimeError(f"FASTFORMER_BACKEND={choice}, but {why}")
+        if choice == "hopper" and _capability(device) != (9, 0):
+            raise RuntimeError(f"FASTFORMER_BACKEND=hopper, but {device} is no Hopper GPU (sm_90)")
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
-                f"FASTFORMER_BACKEND=triton, but tensors on {device} can run Triton kernels only "
+                f"FASTFORMER_BACKEND={choice}, but tensors on {device} can run Triton kernels only "
                 "in its interpreter (TRITON_INTERPRET=1)"
             )
         return "triton"
     return "triton" if usable else "torch"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
 
 
 @contextlib.contextmanager

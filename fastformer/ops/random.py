@@ -8,7 +8,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +23,46 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+class _Draws(threading.local):
+    """Seeds of the running `drawn_together`, in its thread."""
+
+    left: int = 0
+    seeds: list[Tensor] | None = None
+    state: Any = None
+
+
+_draws = _Draws()
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed: int64 tensor of shape (1,) on `device`."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if _draws.left and _draws.state == _checkpointing():
+        if _draws.seeds is None:
+            _draws.seeds = list(_draw(device, _draws.left).split(1))
+        if _draws.seeds[0].device == device or device.index is None:
+            _draws.left -= 1
+            return _draws.seeds[_draws.left]
+    return _draw(device, 1)
+
+
+def _draw(device: torch.device, count: int) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def _checkpointing() -> Any:
+    """What differs inside activation checkpointing: a part that runs again later must draw by itself again."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextlib.contextmanager
+def drawn_together(count: int) -> Iterator[None]:
+    """The next `count` seeds come from one draw, at the first of them; one launch instead of several."""
+    before = _draws.left, _draws.seeds, _draws.state
+    _draws.left, _draws.seeds, _draws.state = count, None, _checkpointing()
+    try:
+        yield
+    finally:
+        _draws.left, _draws.seeds, _draws.state = before
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from fastformer.kernels.attention.score import (
 from fastformer.kernels.attention.wide import wide_key, wide_query
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
-from fastformer.kernels.targets import target_of
+from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 @triton.jit
@@ -86,12 +86,7 @@ def _walk_keys(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-        "dl_sb", "dl_sh", "dl_st",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
@@ -252,11 +247,7 @@ def _walk_rows(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _backward_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dk_sb, dk_sh, dk_st,
@@ -436,7 +427,12 @@ def attention_backward(
             ),
             prepare_query,
         )  # fmt: skip
-    if key.numel() or value.numel():
+    hopper = False
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_backward_key
+
+        hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
+    if (key.numel() or value.numel()) and not hopper:
         call.launch(
             ("dK and dV", grad_out.stride()),
             (

@@ -121,6 +121,28 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
 
 
+# Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
+_DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+# Several new tokens a sequence: the causal edge needs registers of its own. `fastformer.ops` sends no wider ones.
+_DECODE_SEVERAL = {64: (64, 64, 4, 3), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}
+
+
+def decode_config(target: Target, width: int, dtype: torch.dtype, q_len: int, group: int) -> Config:
+    """Tiles of attention over a cache.
+
+    Args:
+        width: the larger of the padded head dimensions.
+        q_len: new tokens a sequence. group: query heads that share a key head; together they are the rows.
+    """
+    if target.name == "interpreter":
+        return _INTERPRETER
+    rows = q_len * group
+    table = _DECODE_SINGLE if dtype == torch.float32 else _DECODE if q_len == 1 else _DECODE_SEVERAL
+    most, *others = table[max(64, width)]
+    return Config(min(max(16, power_of_two(rows)), most), *others)
+
+
 def chunked_constants(call: Call) -> dict[str, Any]:
     """Constants of the kernels that walk over the head dimension in chunks. It is no constant there: unrolled, the loop
     would load whole rows ahead and spill."""
@@ -142,21 +164,3 @@ def map_config(target: Target, call: Call) -> tuple[Config, int]:
     if target.name == "interpreter":
         return _INTERPRETER, 16
     return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS
-
-
-# Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
-_DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
-_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
-
-
-def decode_config(target: Target, width: int, dtype: torch.dtype, rows: int) -> Config:
-    """Tiles of attention over a cache.
-
-    Args:
-        width: the larger of the padded head dimensions.
-        rows: new tokens times query heads that share a key head.
-    """
-    if target.name == "interpreter":
-        return _INTERPRETER
-    most, *others = (_DECODE_SINGLE if dtype == torch.float32 else _DECODE)[max(64, width)]
-    return Config(min(max(16, power_of_two(rows)), most), *others)

@@ -350,7 +350,7 @@ def _prepare(
     # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
     left, right = (-1 if side >= max(q_len, capacity) else side for side in (rules.left, rules.right))
     causal = rules.causal and q_len > 1  # the last token sees everything
-    config = decode_config(target, max(block_d, block_v), query.dtype, q_len * group)
+    config = decode_config(target, max(block_d, block_v), query.dtype, q_len, group)
     tiles = max(1, cdiv(q_len * group, config.block_m))
     keys = capacity
     if left >= 0 and (rules.causal or right >= 0):

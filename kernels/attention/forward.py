@@ -31,7 +31,7 @@ from fastformer.kernels.attention.score import (
 from fastformer.kernels.attention.wide import wide_forward
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
-from fastformer.kernels.targets import target_of
+from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 @triton.jit
@@ -55,16 +55,17 @@ def _walk(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + n
-        k_place = K + start.to(tl.int64) * k_st + (n[None, :] * k_st + d[:, None])
+        k_place = K + start.to(tl.int64) * k_st + (n[:, None] * k_st + d[None, :])
         v_place = V + start.to(tl.int64) * v_st + (n[:, None] * v_st + dv[None, :])
         inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, CHECK)
         if CHECK:
-            k = tl.load(k_place, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
+            k = tl.load(k_place, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         elif BLOCK_D == HEAD_DIM:
             k = tl.load(k_place)
         else:
-            k = tl.load(k_place, mask=(d < HEAD_DIM)[:, None], other=0.0)
-        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            k = tl.load(k_place, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        # Transposed here as in backward: the same product in the same order, or its rounding counts twice.
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SCAN:
             sound = sound_rows(v_place, inside[:, None] & (dv < VALUE_DIM)[None, :])
             qk = tl.where(sound[None, :], qk, float("nan"))
@@ -98,11 +99,7 @@ def _walk(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
@@ -210,6 +207,12 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
     query, value = call.query, call.value
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_forward
+
+        results = hopper_forward(call)
+        if results is not None:
+            return results
     tokens = query.shape[0] if call.packed else 0
     out = call.empty_like(query, call.value_dim)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)

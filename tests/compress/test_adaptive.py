@@ -257,6 +257,7 @@ def test_plot_and_table(tmp_path):
         ({"standard_error": None}, "exactly one of eval_size"),
         ({"standard_error": None, "eval_size": 0}, "eval_size must be a positive integer, got 0"),
         ({"rise": 0}, "rise must lie between 0 and 1, got 0"),
+        ({"rise": "slow"}, "rise must lie between 0 and 1, got 'slow'"),
         ({"patience": 0}, "patience must be a positive integer, got 0"),
         ({"tolerance": math.nan}, "tolerance must be a finite number"),
         ({"reference": math.inf}, "reference must be a finite number"),
@@ -272,7 +273,8 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({}, "exactly one of"), ({"parameters": 1, "flops": 1}, "exactly one of"), ({"latency": 1.0}, "needs a batch"),
-     ({"parameters": 0}, "parameters must be positive")],
+     ({"parameters": 0}, "parameters must be a positive number"),
+     ({"parameters": "half"}, "parameters must be a positive number, got 'half'")],
 )  # fmt: skip
 def test_bad_targets(options, message):
     with pytest.raises(ValueError, match=message):
@@ -292,6 +294,8 @@ def test_bad_calls():
         compressor.update(0.5)
     with pytest.raises(TypeError, match="optimizer must be"):
         AdaptiveCompressor(model, "adam", eval_size=10)
+    with pytest.raises(TypeError, match="target must be a Target, got float"):
+        make(target=0.5)
     with pytest.raises(ValueError, match="heads or channels"):
         AdaptiveCompressor(torch.nn.Linear(2, 2), optimizer, eval_size=10)
     with pytest.raises(ValueError, match="evaluate"):

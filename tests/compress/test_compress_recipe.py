@@ -34,13 +34,35 @@ def write(path, count, seed):
         writer.writerows(rows)
 
 
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("compress_recipe", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (None, None, "holds neither train.csv nor train.csv.gz"),
+        ("text,label\n", "text,label\na,0\n", "got no row"),
+        ("words,label\na,0\n", "text,label\na,0\n", r"columns text and label, got \['words', 'label'\]"),
+        ("text,label\na,0\nb,1\n", "text,label\na,2\n", r"no training row has the labels \['2'\]"),
+    ],
+)
+def test_bad_data(recipe, train, validation, message, tmp_path):
+    for name, text in (("train.csv", train), ("validation.csv", validation)):
+        if text is not None:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        recipe.main(["--data", str(tmp_path), "--test-rows", "0"])
+
+
 @pytest.mark.parametrize("patch", ["--patch", "--no-patch"])
-def test_recipe(patch, tmp_path, capsys):
+def test_recipe(recipe, patch, tmp_path, capsys):
     write(tmp_path / "train.csv.gz", 160, 0)
     write(tmp_path / "validation.csv.gz", 64, 1)
-    spec = importlib.util.spec_from_file_location("compress_recipe", EXAMPLE)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     out = tmp_path / "out"
     report = recipe.main(["--data", str(tmp_path), "--output", str(out), "--lr", "3e-3", patch, *SMALL.split()])
     assert report.within_tolerance

@@ -85,7 +85,7 @@ def test_vision_transformer():
 
 @pytest.mark.parametrize("unpad", ["auto", False])
 @pytest.mark.parametrize("decoder_mask", [True, False])
-@pytest.mark.parametrize("family", ["T5", "Bart"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoders(family, decoder_mask, unpad):
     from test_seq2seq import build, data
 

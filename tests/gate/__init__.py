@@ -10,7 +10,8 @@ Run it from the repository's root:
 
 It prints one line a kernel of a case (registers, spill bytes, shared memory, warps, stages), a summary, and exits 1 if
 anything failed. What fails a case: an exception, no kernel compiled, spilled registers, scratch memory, more shared
-memory (or tensor memory) than the target has, and ptxas saying that wgmma instructions are serialised.
+memory (or tensor memory) than the target has, ptxas saying that wgmma instructions are serialised, and a
+warp-specialised kernel without wgmma, TMA, overlap or the registers that its partitions ask for.
 
 Cases: every `tests/gate/cases_<name>.py` defines
 

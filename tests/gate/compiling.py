@@ -25,11 +25,13 @@ from triton.runtime.jit import JITFunction
 from fastformer.kernels import targets
 from fastformer.kernels.targets import Target
 
-from . import resources
+from . import resources, specialised
 from .resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units
+from .specialised import lost_specialisation, machine_code
 
 # Named after the code that reads the reports, so that a change there is never answered from the cache.
-REPORT = f"resources-{hashlib.sha256(Path(resources.__file__).read_bytes()).hexdigest()[:8]}.json"
+_READERS = b"".join(Path(module.__file__).read_bytes() for module in (resources, specialised))
+REPORT = f"resources-{hashlib.sha256(_READERS).hexdigest()[:8]}.json"
 
 
 class StandInDriver:
@@ -103,6 +105,10 @@ def compile_only(target: Target, cache: Path) -> Iterator[list[Resources]]:
 
 def _resources(kernel: Any, log: str, target: Target) -> Resources:
     figures = from_ptxas(log) if kernel.metadata.target.backend == "cuda" else from_amdgcn(kernel.asm["amdgcn"])
+    if "requestedRegisters" in kernel.asm["ttgir"]:
+        # The machine code is disassembled only where something is looked for in it.
+        code = machine_code(kernel.asm["cubin"])
+        figures["warnings"] += lost_specialisation(kernel.asm["ttgir"], kernel.asm["ptx"], code)
     figures["warnings"] += lost_matrix_units(kernel.asm["ttgir"], target, kernel.metadata.num_warps)
     return Resources(
         kernel=kernel.metadata.name,

@@ -14,6 +14,7 @@ from tests.gate import planted, running  # noqa: E402
 from tests.gate.compiling import REPORT, compile_only  # noqa: E402
 from tests.gate.resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units  # noqa: E402
 from tests.gate.running import TARGETS as GATED  # noqa: E402
+from tests.gate.specialised import lost_specialisation  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,19 @@ def test_products_off_the_matrix_units_are_noticed():
     assert lost_matrix_units(ttgir, TARGETS["sm_90"], 2) == ()
     assert lost_matrix_units(ttgir, TARGETS["sm_80"], 4) == ()
     assert lost_matrix_units(ttgir.replace("xf16", "xf32"), TARGETS["sm_90"], 4) == ()
+
+
+def test_lost_specialisation_is_seen():
+    ttgir = "ttg.warp_specialize(%a) attributes {requestedRegisters = array<i32: 240, 232>}"
+    ptx = "setmaxnreg.inc.sync.aligned.u32 \t240;\nsetmaxnreg.inc.sync.aligned.u32 232;"
+    sass = "HGMMA.64x128x16.F32.BF16 R24 ;\nUTMALDG.2D [UR8] ;\nWARPGROUP.DEPBAR.LE gsb0, 0x1 ;"
+    assert lost_specialisation(ttgir, ptx, sass) == ()
+    assert lost_specialisation("no partitions", "", "") == ()
+    (warning,) = lost_specialisation(ttgir, ptx.replace("232", "240"), sass)
+    assert "232 registers" in warning
+    for part, name in (("HGMMA", "wgmma"), ("UTMALDG", "TMA load"), ("0x1", "overlap")):
+        (warning,) = lost_specialisation(ttgir, ptx, sass.replace(part, "0x0"))
+        assert name in warning
 
 
 @pytest.mark.parametrize("share", [2, 3, 5])

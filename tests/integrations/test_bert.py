@@ -69,7 +69,7 @@ def relative(a, b):
 def test_loss_logits_and_gradients_equal_stock(lengths, unpad, side):
     stock, patched = build().train(), build().train()
     report = ff.patch(patched, unpad=unpad)
-    assert len(report.replaced) == 2 + 3 * 3
+    assert len(report.replaced) == 2 + 4 * 3
     data = batch(lengths, 20, side)
     fnn.reset_count()
     a, b = stock(**data), patched(**data)
@@ -169,7 +169,7 @@ def test_unpatch_leaves_no_trace():
     ff.patch(model)
     assert all(type(a) is type(b) for a, b in zip(bystander.modules(), never.modules(), strict=True))
     assert str(type(model.bert)) == str(type(bystander.bert))
-    assert ff.unpatch(model) == 11
+    assert ff.unpatch(model) == 14
     assert ff.unpatch(model) == 0
     assert [type(m) for m in model.modules()] == classes
     assert [set(m.__dict__) for m in model.modules()] == attributes
@@ -188,7 +188,7 @@ def test_state_dict_deepcopy_pickle_and_save(tmp_path):
         fnn.reset_count()
         assert torch.equal(twin(**data).logits, want)
         assert fnn.count().fused["BertModel"] == 1
-        assert ff.unpatch(twin) == 11
+        assert ff.unpatch(twin) == 14
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastformer.integrations.families.encoder import (
     AddNorm,
     AttentionTable,
+    EncoderLayer,
     EncoderTable,
     PackedEncoder,
     SelfAttention,
@@ -89,6 +90,7 @@ def _rules(family: str, prefix: str, model: type, attention: type, output: type)
             model, "encoder without padding", why_not_absolute, removes_padding=True, owns_norms=True, needs=names
         ),
         **dict.fromkeys(names, attends),
+        f"{path}Layer": Rule(EncoderLayer, "dropout's seeds drawn together"),
         f"{path}SelfOutput": adds,
         f"{path}Output": adds,
     }

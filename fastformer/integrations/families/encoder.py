@@ -26,6 +26,7 @@ from fastformer.integrations.packed_linear import project
 from fastformer.integrations.plan import Plan
 from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.nn.norm import has_hooks, is_plain_dropout, is_plain_norm
+from fastformer.ops.random import drawn_together
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,16 @@ class SelfAttention:
                 plan.weights.append(weights)
                 out = out.transpose(1, 2)
         return out.flatten(2)
+
+
+class EncoderLayer:
+    """Forward of a layer that draws the seeds of its three dropouts at once."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with drawn_together(3):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class AddNorm:

@@ -13,6 +13,9 @@ from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
 from fastformer.ops.validate import check_tensor
 
+# Held here, so that ours may be put in its place in torch.nn.functional.
+_pytorchs_own = F.scaled_dot_product_attention
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -128,6 +131,8 @@ def _stock_can(query: Tensor, key: Tensor, value: Tensor, options: Options, attn
     if options.is_causal and (attn_mask is not None or (options.bottom_right and q_len != k_len)):
         return False
     hides_pairs = options.is_causal or (attn_mask is not None and not _hides_keys(attn_mask))
+    if hides_pairs and torch._C._functorch.maybe_current_level() is not None:
+        return False  # under torch.func values cannot be looked at
     if hides_pairs and not torch.compiler.is_compiling() and type(key) is Tensor and key.device.type == "cpu":
         # PyTorch multiplies hidden values by zero, and 0 * NaN is NaN.
         return bool(torch.isfinite(key.detach().sum() + value.detach().sum()))
@@ -148,7 +153,7 @@ def _stock(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mas
             seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask.detach() != -torch.inf
             hidden = ~seen.transpose(-1, -2)
             key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    return F.scaled_dot_product_attention(
+    return _pytorchs_own(
         query,
         key,
         value,

@@ -216,15 +216,14 @@ def _bias_gradient(
     softcap: float,
 ) -> Tensor:
     """Gradient of mask, or with of_slopes of slopes."""
-    from fastformer.kernels.attention.bias import attention_bias_gradient
-
     numbers = (dropout_p, causal, scale, bottom_right, left, right, softcap)
     call = make_call((query, key, value, cu_q, cu_k, max_q, max_k, mask, slopes, None, seed), numbers)
     source = slopes if of_slopes else mask
     assert source is not None
     batch = source.shape[0] if source.ndim > 1 else 1
     shape = (batch, source.shape[-1], 1, 1) if of_slopes else tuple(source.shape)
-    return attention_bias_gradient(call, lse, delta, grad_out, shape, of_slopes).view(source.shape)
+    found = kernels("attention.bias").attention_bias_gradient(call, lse, delta, grad_out, shape, of_slopes)
+    return found.view(source.shape)
 
 
 def _fake_bias_gradient(*args: Any) -> Tensor:

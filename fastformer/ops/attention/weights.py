@@ -19,7 +19,7 @@ from fastformer.ops.attention.options import (
 )
 from fastformer.ops.attention.weights_reference import Places, weights_gradients, weights_reference
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator, differentiate
+from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
 from fastformer.ops.validate import FLOATS, check_tensor
 
 
@@ -135,14 +135,12 @@ def _forward(
     if backend_for(query.device) != "triton" or query.dtype not in FLOATS or query.shape[-1] == 0:
         with torch.no_grad():
             return _composed(query, key, lse, cu_q, cu_k, max_q, max_k, mask, slopes, seed, rows, average, *numbers)
-    from fastformer.kernels.attention.weights import attention_weights as launch
-
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     slopes = None if slopes is None else slopes.contiguous()
     rows = None if rows is None else rows.contiguous()
     lse = (lse if cu_q is None else lse.t()).contiguous().float()
     call = kernel.make_call((query, key, key, cu_q, cu_k, max_q, max_k, mask, slopes, None, seed), numbers)
-    return launch(call, lse, rows, average)
+    return kernels("attention.weights").attention_weights(call, lse, rows, average)
 
 
 def _fake(
