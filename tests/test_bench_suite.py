@@ -22,7 +22,9 @@ ff.ops.layer_norm = lambda *args, **kwargs: sound(*args, **kwargs) * 1.001
 
 
 def suite(*options, path=(), check=True):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, path)]), "OMP_NUM_THREADS": "1"}
+    # In a worker of pytest-xdist, benchmarks would switch themselves off.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outer, "PYTHONPATH": os.pathsep.join([str(ROOT), *map(str, path)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr

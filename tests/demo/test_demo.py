@@ -34,7 +34,7 @@ def test_without_arguments_but_short(tmp_path, monkeypatch, capsys):
     for row in rows_of(printed.out):
         tokens, _, seconds, memory, loss, accuracy, _ = row
         assert float(tokens.replace(",", "")) > 0
-        assert float(seconds) > 0
+        assert float(seconds) >= 0  # rounded
         assert memory.endswith("iB")
         assert 1 < float(loss) < 4
         assert 0 <= float(accuracy.rstrip("%")) <= 100
