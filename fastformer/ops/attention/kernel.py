@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from fastformer.ops.attention.options import Options
@@ -31,7 +32,17 @@ def why_not(query: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
         return "a head dimension of 0"
     if has_tangent(query, value, *others):
         return "a forward-mode derivative"
+    if _is_differentiated_by_func():
+        return "a derivative by torch.func"
     return None
+
+
+def _is_differentiated_by_func() -> bool:
+    """Whether torch.func takes a derivative, which registered operators have none for."""
+    if functorch.maybe_current_level() is None:
+        return False
+    derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(level.key() in derivatives for level in functorch.get_interpreter_stack())
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
