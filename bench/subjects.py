@@ -129,7 +129,33 @@ def _attention(tiny: bool, device: torch.device) -> dict[str, Subject]:
         weights = (q @ k.mT * head_dim**-0.5).masked_fill(ahead, -torch.inf).softmax(-1)
         return weights @ v, weights.mean(1)
 
+    cached_lengths = torch.tensor([length, length // 3] * (batch // 2), dtype=torch.int32, device=device)
+
+    def cached(q: Tensor, keys: Tensor, values: Tensor) -> Result:
+        return ff.ops.attention_kv_cache(q, keys, values, cached_lengths)
+
+    def stock_cached(q: Tensor, keys: Tensor, values: Tensor) -> Result:
+        mask = (torch.arange(length, device=q.device) < cached_lengths[:, None])[:, None, None, :]
+        q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
+        keys, values = (t.repeat_interleave(2, 1) for t in (keys, values))
+        return F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2)
+
+    def merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Result:
+        return ff.ops.merge_attention(a, lse_a.float(), b, lse_b.float())[0]
+
+    def stock_merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Result:
+        share = (
+            torch.stack((lse_a.float(), lse_b.float()))
+            .softmax(0)[..., None]
+            .to(torch.promote_types(a.dtype, torch.float32))
+        )
+        return (a * share[0] + b * share[1]).to(a.dtype)
+
+    cache = ((batch, 1, heads, head_dim), *((batch, length, heads // 2, head_dim),) * 2)
+    parts = ((batch, heads, length, head_dim), (batch, heads, length))
     return {
+        "attention_kv_cache": Subject(cached, stock_cached, cache, differentiable=False),
+        "merge_attention": Subject(merged, stock_merged, (*parts, *parts)),
         "attention": Subject(ff.ops.scaled_dot_product_attention, F.scaled_dot_product_attention, dense),
         "attention causal": Subject(causal, stock_causal, dense),
         "attention masked": Subject(masked, stock_masked, dense),
