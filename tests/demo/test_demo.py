@@ -1,5 +1,6 @@
 """The whole demo, small: on the default data, on one's own data and checkpoint, and interrupted."""
 
+import functools
 import json
 import os
 import re
@@ -105,6 +106,8 @@ def test_ctrl_c_leaves_nothing_unfinished(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts what runs in the background without the signal.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     seen = b""
     while b"fine-tuning" not in seen:
