@@ -123,9 +123,10 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
 
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
 _DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
-_DECODE_SINGLE = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+_DECODE_SINGLE = {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
 # Several new tokens a sequence: the causal edge needs registers of its own. `fastformer.ops` sends no wider ones.
 _DECODE_SEVERAL = {64: (64, 64, 4, 3), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}
+_DECODE_AMD = {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1), 512: (16, 16, 4, 1)}
 
 
 def decode_config(target: Target, width: int, dtype: torch.dtype, q_len: int, group: int) -> Config:
@@ -138,7 +139,12 @@ def decode_config(target: Target, width: int, dtype: torch.dtype, q_len: int, gr
     if target.name == "interpreter":
         return _INTERPRETER
     rows = q_len * group
-    table = _DECODE_SINGLE if dtype == torch.float32 else _DECODE if q_len == 1 else _DECODE_SEVERAL
+    if dtype == torch.float32:
+        table = _DECODE_SINGLE
+    elif target.backend == "hip":
+        table = _DECODE_AMD
+    else:
+        table = _DECODE if q_len == 1 else _DECODE_SEVERAL
     most, *others = table[max(64, width)]
     return Config(min(max(16, power_of_two(rows)), most), *others)
 
