@@ -35,7 +35,7 @@ def test_without_arguments_but_short(tmp_path, monkeypatch, capsys):
     for row in rows_of(printed.out):
         tokens, _, seconds, memory, loss, accuracy, _ = row
         assert float(tokens.replace(",", "")) > 0
-        assert float(seconds) >= 0  # rounded
+        assert re.fullmatch(r"\d+\.\d", seconds)
         assert memory.endswith("iB")
         assert 1 < float(loss) < 4
         assert 0 <= float(accuracy.rstrip("%")) <= 100
@@ -47,6 +47,7 @@ def test_without_arguments_but_short(tmp_path, monkeypatch, capsys):
         results = json.load(file)
     assert [run["name"] for run in results["runs"]] == list(ROWS)
     assert all(len(run["losses"]) == 3 for run in results["runs"])
+    assert all(run["seconds"] > 0 for run in results["runs"])  # the table rounds them
     assert results["runs"][0]["difference"] is None
     assert max(run["difference"] for run in results["runs"][1:]) < 1e-5
     # The tokenizer that was written is one that --tokenizer reads.
