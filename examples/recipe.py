@@ -39,7 +39,7 @@ def arguments(name: str, doc: str | None, without: Sequence[str] = (), **default
     add("--patch", action=argparse.BooleanOptionalAction, default=True, help="fastformer or stock, to compare")
     add("--output", type=Path, default=Path(f"{name}-output"), metavar="FOLDER", help=f"(default: {name}-output/)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, of an interrupted run")
-    add("--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for a new one)")
+    add("--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 5e-4 for a new one)")
     add("--dropout", type=float, default=0.1, metavar="P", help="of a new model (default: 0.1)")
     counts = {
         "epochs": (3, "passes over the data"),
