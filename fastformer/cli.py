@@ -105,13 +105,13 @@ def _tune(args: argparse.Namespace) -> int:
         raise UserError(f"tuning needs Triton, but {why}")
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
-        head_dims, lengths = args.head_dim or [16], args.length or [16]
+        head_dims, lengths = args.head_dim or [16], args.length or [16, 24]
     else:
         import torch
 
         if not torch.cuda.is_available():
             raise UserError("tuning needs a CUDA GPU that PyTorch sees; --rehearse goes through it without one")
-        head_dims, lengths = args.head_dim or [64, 128, 256], args.length or [128, 512, 2048, 8192]
+        head_dims, lengths = args.head_dim or [64, 128, 256], args.length or [32, 64, 128, 512, 2048, 8192]
     from fastformer.tune import tune
 
     try:

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastformer.kernels.attention import backward, call, config, forward, tiles
+from fastformer.kernels.attention import backward, call, config, forward, short, tiles
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.targets import Target, interpreting, target_of
 from fastformer.ops.random import dropout_threshold
@@ -31,9 +31,18 @@ CANDIDATES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "dQ": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2)),
     "dK and dV": ((32, 64), (32, 64, 128), (4, 8), (1, 2)),
+    # The tile of keys holds all of them, whatever stands here.
+    "short forward": ((32, 64, 128), (128,), (2, 4, 8), (1,)),
+    "short backward": ((16, 32, 64, 128), (128,), (2, 4, 8), (1,)),
     "rich": ((32, 64), (32, 64), (4, 8), (1, 2)),
 }
-_KERNELS = {"forward": "_forward", "dQ": "_backward_query", "dK and dV": "_backward_key"}
+_KERNELS: dict[str, Any] = {
+    "forward": forward._forward,
+    "dQ": backward.backward_query,
+    "dK and dV": backward.backward_key,
+    "short forward": short.short_forward,
+    "short backward": short.short_backward,
+}
 
 
 class Case:
@@ -60,7 +69,13 @@ class Case:
 
     def key(self, name: str) -> tiles.Key:
         rules, width = "rich" if self.rich else "plain", max(64, 1 << (self.head_dim - 1).bit_length())
-        return self.target.name, name, rules, self.dtype, width, tiles.length_class(self.length)
+        return self.target.name, name, rules, self.dtype, width, tiles.length_class(name, self.length)
+
+    def passes(self) -> tuple[str, ...]:
+        """Those that these calls consist of."""
+        first = self.calls()[0]
+        behind = ("short backward",) if first.short_backward else ("dQ", "dK and dV")
+        return ("short forward" if first.short else "forward", *behind)
 
     def calls(self) -> list[Call]:
         rules: dict[str, Any] = dict.fromkeys(("cu_q", "cu_k", "slopes", "sinks"))
@@ -73,7 +88,7 @@ class Case:
     def runner(self, name: str) -> Callable[[], list[Tensor]]:
         """A function that runs the pass (dQ and dK/dV together) and returns its results."""
         calls = self.calls()
-        if name == "forward":
+        if name.endswith("forward"):
             return lambda: [x for c in calls for x in forward.attention_forward(c)]
         saved = [(c, *forward.attention_forward(c)) for c in calls]
         return lambda: [x for c, o, n in saved for x in backward.attention_backward(c, o, n, self.gradient, None)]
@@ -99,7 +114,7 @@ def tune(output: Path, head_dims: list[int], lengths: list[int], *, tiny: bool =
     count = 0
     for head_dim, length, rich in itertools.product(head_dims, lengths, (False, True)):
         case = Case(device, head_dim, length, rich, tiny)
-        for name in tiles.PASSES:
+        for name in case.passes():
             tile, seconds, tried = best(case, name, tiny)
             rows[case.key(name)] = tile, seconds * 1e6
             tiles.write(output, rows, triton.__version__)
@@ -115,7 +130,10 @@ def best(case: Case, name: str, tiny: bool) -> tuple[tiles.Tile, float, int]:
         expected = _fresh(case, name)()
         default = _default(case, name)
     found: list[tuple[float, tiles.Tile]] = []
-    candidates = {default: None, **dict.fromkeys(_candidates("rich" if case.rich else name, tiny))}
+    candidates = {
+        default: None,
+        **dict.fromkeys(_candidates("rich" if case.rich and not name.startswith("short") else name, tiny)),
+    }
     for tile in candidates:
         with tiles.forced({case.key(name): tile}):
             run = _fresh(case, name)
@@ -145,20 +163,19 @@ def _candidates(kind: str, tiny: bool) -> Iterator[tiles.Tile]:
 
 def _default(case: Case, name: str) -> tiles.Tile:
     first = case.calls()[0]
-    chosen = dict(
-        zip(
-            tiles.PASSES,
-            (config.forward_config(case.target, first), *config.backward_config(case.target, first)),
-            strict=True,
-        )
-    )[name]
+    if name.startswith("short"):
+        chosen = config.short_config(case.target, first, name)
+    elif name == "forward":
+        chosen = config.forward_config(case.target, first)
+    else:
+        chosen = config.backward_config(case.target, first)[name == "dK and dV"]
     return chosen.block_m, chosen.block_n, chosen.warps, chosen.stages
 
 
 def _fresh(case: Case, name: str) -> Callable[[], list[Tensor]]:
     """The pass with no launch prepared and no kernel compiled before."""
     call.forget()
-    kernel: Any = getattr(forward if name == "forward" else backward, _KERNELS[name])
+    kernel = _KERNELS[name]
     if not interpreting():
         kernel.kernel.device_caches.clear()
         kernel.found.clear()
@@ -167,7 +184,7 @@ def _fresh(case: Case, name: str) -> Callable[[], list[Tensor]]:
 
 def _spills(name: str) -> bool:
     """Whether any kernel compiled since `_fresh` spills registers."""
-    kernel: Any = getattr(forward if name == "forward" else backward, _KERNELS[name])
+    kernel = _KERNELS[name]
     if interpreting():
         return False
     return any(k.n_spills > 0 for cache in kernel.kernel.device_caches.values() for k in cache[0].values())

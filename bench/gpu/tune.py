@@ -20,7 +20,7 @@ def cases(folder: Path) -> list[tuple[str, Callable[[], Row]]]:
     return [
         (f"head_dim {d} length {n}", functools.partial(tune, folder, d, n))
         for d in ((16,) if rehearsing() else (64, 128, 256))
-        for n in ((16,) if rehearsing() else (512, 128, 2048, 8192))
+        for n in ((16,) if rehearsing() else (512, 128, 64, 32, 2048, 8192))
     ]
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from fastformer.kernels.launch import Prepared
 from fastformer.kernels.rows import power_of_two
-from fastformer.kernels.targets import target_of
+from fastformer.kernels.targets import interpreting, target_of
 
 _LOG2E = 1.0 / math.log(2.0)
 _BOOL, _BYTE = torch.bool, torch.uint8
 
+# Sequences of at most so many tokens take the kernels of `short`, in half precision and up to a head dimension of 128.
+SHORT = 128
 # Combinations remembered; packed batches bring a new one each step.
 _KEPT = 256
 _derived: dict[Any, dict[str, Any]] = {}
@@ -61,6 +63,9 @@ class Call:
     block_d: int
     block_v: int
     rich: bool
+    heavy: bool
+    short: bool
+    short_backward: bool
     wide: bool
     constants: dict[str, Any]
     _launches: dict[Any, Prepared]
@@ -181,6 +186,14 @@ def _derive(
     # of both factors in registers; half precision with few rules fits up to 512.
     rich = mask is not None or slopes is not None or dropout_p > 0.0 or softcap != 0.0 or left >= 0 or right >= 0
     longest, single = max(head_dim, value_dim), query.dtype == torch.float32
+    # Rules that look at every place of a tile. The others cost registers by row or by key alone, or one draw a place.
+    heavy = softcap != 0.0 or slopes is not None or left >= 0 or right >= 0
+    heavy = heavy or (mask is not None and mask.stride(-2) != 0)
+    # Sequences whose keys lie in one tile. The interpreter's bound is small, so that small tests reach both ways.
+    length = max(q_len, k_len)
+    short = length <= (20 if interpreting() else SHORT) and longest <= 128 and (interpreting() or not single)
+    # One program would hold the sums of several heads, or more than these of 128 tokens, only by spilling.
+    bare = mask is None and not causal
     return {
         "packed": packed,
         "batch": batch,
@@ -201,6 +214,9 @@ def _derive(
         "block_d": block_d,
         "block_v": block_v,
         "rich": rich,
+        "heavy": heavy,
+        "short": short,
+        "short_backward": short and not heavy and heads == kv_heads and (length <= 64 or (longest <= 64 and bare)),
         "wide": longest > 64 if single else longest > (256 if rich or bottom_right else 512),
         "constants": {
             "GROUP": heads // max(1, kv_heads),

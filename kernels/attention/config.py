@@ -77,6 +77,18 @@ _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
 }
 
+# Tiles of `short` by head dimension up to …, and tokens up to …: (rows, warps); the tile of keys holds all of them. The
+# last is forward's under rules that look at every place of a tile.
+_SHORT_FORWARD = {
+    64: {32: (32, 2), 64: (64, 4), 128: (64, 4)},
+    128: {32: (32, 2), 64: (64, 4), 128: (64, 8)},
+}
+_SHORT_HEAVY = {64: (32, 4), 128: (32, 8)}
+_SHORT_BACKWARD = {
+    64: {32: (32, 2), 64: (64, 4), 128: (32, 8)},
+    128: {32: (32, 4), 64: (64, 8)},
+}
+
 # Tiles of `wide`, with the columns of a chunk and those that a program owns: half precision, and fp32.
 _WIDE = ((Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1)), 64, 128)
 _WIDE_SINGLE = ((Config(16, 16, 4, 1),) * 3, 32, 128)
@@ -88,7 +100,7 @@ _MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
 def _measured(target: Target, call: Call, name: str) -> Config | None:
     """What a table of `tiles` says of this call."""
     dtype = "single" if call.query.dtype == torch.float32 else "half"
-    width, length = max(64, call.block_d, call.block_v), tiles.length_class(max(call.q_len, call.k_len))
+    width, length = max(64, call.block_d, call.block_v), tiles.length_class(name, max(call.q_len, call.k_len))
     tile = tiles.chosen((target.name, name, "rich" if call.rich else "plain", dtype, width, length))
     return None if tile is None else Config(*tile)
 
@@ -119,6 +131,27 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     """Tiles of the dQ kernel and of the dK and dV kernel."""
     by_row, by_key = _configs(target, call)[1:]
     return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
+
+
+def short_config(target: Target, call: Call, name: str) -> Config:
+    """Tiles of the kernels of `short`.
+
+    Args:
+        name: "short forward" or "short backward".
+    """
+    keys = max(16, power_of_two(max(call.q_len, call.k_len)))
+    measured = _measured(target, call, name)
+    if measured is not None:
+        return Config(measured.block_m, keys, measured.warps, measured.stages)
+    if target.name == "interpreter":
+        return Config(16, keys, 1, 1)
+    width, length = max(64, call.block_d, call.block_v), max(32, keys)
+    if name == "short backward":
+        rows, warps = _SHORT_BACKWARD[width][length]
+    else:
+        rows, warps = _SHORT_HEAVY[width] if call.heavy else _SHORT_FORWARD[width][length]
+    # Four warps may use all 512 vector registers a lane on AMD.
+    return Config(rows, keys, min(warps, 4) if target.backend == "hip" else warps, 1)
 
 
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).

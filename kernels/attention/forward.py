@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import forward_config, wide_constants
+from fastformer.kernels.attention.config import forward_config, short_config, wide_constants
 from fastformer.kernels.attention.score import (
     LN2,
     blank,
+    blank_rows,
     kept_tile,
     key_range,
     score_tile,
@@ -28,6 +29,7 @@ from fastformer.kernels.attention.score import (
     start_of_row,
     visible_keys,
 )
+from fastformer.kernels.attention.short import short_forward
 from fastformer.kernels.attention.wide import wide_forward
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
@@ -126,10 +128,7 @@ def _forward(
         far = far * 0
         if batch == batches:
             blank(OUT + wide_head * o_sh, o_st, q_start, tile, tiles, q_len, VALUE_DIM, BLOCK_M, BLOCK_V)
-            for first in range(tile * BLOCK_M, q_len, tiles * BLOCK_M):
-                past = first + tl.arange(0, BLOCK_M)
-                nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                tl.store(LSE + wide_head * l_sh + q_start + past, nothing, mask=past < q_len)
+            blank_rows(LSE + wide_head * l_sh, q_start, tile, tiles, q_len, BLOCK_M)
             return
     row_start = tile * BLOCK_M
     if row_start >= q_len:
@@ -222,7 +221,7 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
 
     def prepare() -> tuple[Any, ...]:
         target = target_of(query.device)
-        config = forward_config(target, call)
+        config = short_config(target, call, "short forward") if call.short else forward_config(target, call)
         tiles = max(1, cdiv(call.q_len, config.block_m))
         l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
         numbers = (
@@ -235,10 +234,11 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
             constants, parts = wide_constants(target, call, call.value_dim)
             numbers = (*numbers, call.head_dim, call.value_dim)
             return wide_forward, (parts * programs,), numbers, {**constants, **config.options(target)}
-        return _forward, (programs,), numbers, {**call.constants, **config.options(target)}
+        kernel = short_forward if call.short else _forward
+        return kernel, (programs,), numbers, {**call.constants, **config.options(target)}
 
     call.launch(
-        "forward",
+        "short forward" if call.short else "forward",
         (query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k),
         prepare,
     )

@@ -235,3 +235,11 @@ def blank(OUT, stride, start, tile, tiles, length, width, BLOCK: tl.constexpr, B
             tl.zeros([BLOCK, BLOCK_WIDTH], OUT.dtype.element_ty),
             mask=(row < length)[:, None] & (column < width)[None, :],
         )
+
+
+@triton.jit
+def blank_rows(LSE, start, tile, tiles, length, BLOCK: tl.constexpr):
+    """LSE of packed tokens after the last boundary: nothing to attend to."""
+    for first in range(tile * BLOCK, length, tiles * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        tl.store(LSE + start + row, tl.full([BLOCK], float("-inf"), tl.float32), mask=row < length)

@@ -7,9 +7,11 @@ class, a head dimension and a class of lengths:
       {"device": "sm_90", "pass": "forward", "rules": "plain", "dtype": "half", "head_dim": 64, "length": 512,
        "tile": [128, 64, 4, 3], "microseconds": 41.2}]}
 
+- pass: "forward", "dQ" and "dK and dV", or for sequences of at most 128 tokens "short forward" and "short backward".
 - head_dim: the padded one, 64 to 512. length: the longest sequence is at most that, and longer than the next smaller
-  class of `LENGTHS`; null for the longest class.
-- tile: queries, keys, warps, stages. kernels: `digest()` of the sources that were timed.
+  class of `LENGTHS` (short passes: of `SHORT_LENGTHS`); null for the longest class.
+- tile: queries, keys, warps, stages; short passes take as many keys as there are. kernels: `digest()` of the sources
+  that were timed.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-PASSES = ("forward", "dQ", "dK and dV")
+PASSES = ("forward", "dQ", "dK and dV", "short forward", "short backward")
 LENGTHS = (128, 512, 2048, None)
+# Classes of the passes that hold all keys in one tile, which is as long as the class.
+SHORT_LENGTHS = (32, 64, 128)
 WIDTHS = (64, 128, 256, 512)
 Key = tuple[str, str, str, str, int, int | None]
 Tile = tuple[int, int, int, int]
@@ -35,7 +39,7 @@ _FIELDS = {
     "rules": ("plain", "rich"),
     "dtype": ("half", "single"),
     "head_dim": WIDTHS,
-    "length": LENGTHS,
+    "length": (32, 64, *LENGTHS),
 }
 _forced: dict[Key, Tile] | None = None
 
@@ -45,14 +49,19 @@ def digest() -> str:
     """What identifies the sources of the attention kernels: measured on others, a table is stale."""
     here = Path(__file__).parent
     found = hashlib.sha256()
-    for name in ("backward.py", "forward.py", "score.py"):
+    for name in ("backward.py", "backward_key.py", "backward_query.py", "forward.py", "score.py", "short.py"):
         found.update((here / name).read_bytes())
     return found.hexdigest()[:16]
 
 
-def length_class(length: int) -> int | None:
-    """The entry of LENGTHS that sequences of up to `length` tokens belong to."""
-    return next((limit for limit in LENGTHS if limit is None or length <= limit), None)
+def lengths_of(name: str) -> tuple[int | None, ...]:
+    """The classes of lengths of a pass."""
+    return SHORT_LENGTHS if name.startswith("short") else LENGTHS
+
+
+def length_class(name: str, length: int) -> int | None:
+    """The class of a pass that sequences of up to `length` tokens belong to."""
+    return next((limit for limit in lengths_of(name) if limit is None or length <= limit), None)
 
 
 def chosen(key: Key) -> Tile | None:
@@ -122,6 +131,10 @@ def _row(path: Path, number: int, row: Any) -> tuple[Key, tuple[Tile, float]]:
         # 1 == True, and null is a class of lengths: both must be said.
         if name not in row or isinstance(row[name], (bool, list, dict)) or row[name] not in allowed:
             raise ValueError(f'{where}: "{name}" must be one of {allowed}, got {row.get(name)!r}')
+    if row["length"] not in lengths_of(row["pass"]):
+        raise ValueError(
+            f'{where}: "length" of {row["pass"]!r} must be one of {lengths_of(row["pass"])}, got {row["length"]!r}'
+        )
     tile = row.get("tile")
     if (
         not isinstance(tile, list)

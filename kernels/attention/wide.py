@@ -13,6 +13,7 @@ from fastformer.kernels.attention.score import (
     LN2,
     LOG2E,
     blank,
+    blank_rows,
     kept_tile,
     key_range,
     product,
@@ -63,10 +64,7 @@ def wide_forward(
         far = far * 0
         if batch == batches:
             blank(OUT + part * WIDE, o_st, q_start, tile, tiles, q_len, value_dim - part * WIDE, BLOCK_M, WIDE)
-            for first in range(tile * BLOCK_M, q_len, tiles * BLOCK_M):
-                past = first + tl.arange(0, BLOCK_M)
-                nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                tl.store(LSE + q_start + past, nothing, mask=(past < q_len) & (part == 0))
+            blank_rows(LSE, q_start, tile, tiles, q_len if part == 0 else 0, BLOCK_M)
             return
     row_start = tile * BLOCK_M
     if row_start >= q_len:

@@ -33,8 +33,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _call(dim: int, dtype: torch.dtype, kind: str) -> Call:
-    batch, heads, length = 4, 8, 1024
+def _call(dim: int, dtype: torch.dtype, kind: str, length: int = 1024) -> Call:
+    batch, heads = 4, 8
     rules = dict(_PLAIN)
     if kind == "packed":
         q, k, v = (_meta(batch * length, n, dim, dtype=dtype) for n in (heads, 2, 2))
@@ -49,6 +49,14 @@ def _call(dim: int, dtype: torch.dtype, kind: str) -> Call:
     elif kind == "padded":
         rules |= {"mask": _meta(batch, 1, 1, length, dtype=torch.bool).expand(batch, heads, length, length)}
         rules |= {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
+    elif kind == "short" and length > 64:
+        rules |= {"dropout_p": 0.1, "seed": _meta(1, dtype=torch.int64)}
+        return Call(q, q, q, None, None, 0, 0, **rules)
+    elif kind == "short":  # all that the single kernel of the backward takes
+        rules |= {"causal": True, "bottom_right": True, "sinks": _meta(heads), "dropout_p": 0.1}
+        rules |= {"mask": _meta(batch, 1, 1, length, dtype=dtype).expand(batch, heads, length, length)}
+        rules |= {"seed": _meta(1, dtype=torch.int64)}
+        return Call(q, q, q, None, None, 0, 0, **rules)
     elif kind == "biased":
         rules |= {"mask": _meta(1, heads, length, length, dtype=dtype).expand(batch, heads, length, length)}
     elif kind == "rich":
@@ -71,6 +79,16 @@ def _case(dim: int, dtype: torch.dtype, kind: str) -> Callable[[], None]:
             attention_weights(call, lse, _meta(9, dtype=torch.int64), False)
         if kind in ("packed", "padded"):
             attention_weights(call, lse, None, True)
+
+    return run
+
+
+def _short_case(dim: int, length: int, kind: str) -> Callable[[], None]:
+    def run() -> None:
+        call = _call(dim, torch.bfloat16, kind, length)
+        out, lse = attention_forward(call)
+        if call.short_backward:
+            attention_backward(call, out, lse, torch.empty_like(out), lse)
 
     return run
 
@@ -98,4 +116,11 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         (64, single, "rich"),
         (64, single, "causal"),
     ]
-    return [(f"{kind}-{dim}-{str(dtype)[6:]}", _case(dim, dtype, kind)) for dim, dtype, kind in chosen]
+    found = [(f"{kind}-{dim}-{str(dtype)[6:]}", _case(dim, dtype, kind)) for dim, dtype, kind in chosen]
+    # Every row of the tables of short sequences.
+    for dim, length, kind in (
+        *((d, n, "short") for d in (64, 128) for n in (32, 64, 128)),
+        *((d, 128, "rich") for d in (64, 128)),
+    ):
+        found.append((f"single-{kind}-{dim}-{length}", _short_case(dim, length, kind)))
+    return found
