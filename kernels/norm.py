@@ -11,6 +11,7 @@
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -363,7 +364,7 @@ def _forward_launch(
     return Prepared(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), shape)
 
 
-def norm_backward(
+def norm_backward_rows(
     dy: Tensor,
     dz: Tensor | None,
     z: Tensor,
@@ -379,18 +380,19 @@ def norm_backward(
     residual_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Launch the backward kernels.
+) -> tuple[list[Tensor], Tensor | None]:
+    """Launch the backward kernels, and leave the sums over rows to the caller.
 
     Args:
         dy: gradient of y; dz: gradient of the returned z, or None; z, stats: from forward; others as in forward.
         input_dtype, residual_dtype, weight_dtype, bias_dtype: dtype of that gradient, None where it is not needed.
 
     Returns:
-        the gradients that are needed, in the order of those four arguments.
+        the gradients of input and residual that are needed, and fp32 (sums * P, N) partial rows of weight's and then
+        bias's, P for each that is needed; None if neither is or z has no row.
     """
     n, rows, device = z.shape[-1], row_count(z), z.device
-    dtypes = [dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None]
+    sums = (weight_dtype is not None) + (bias_dtype is not None)
     gradients = []
     dx = dr = partial = dz_rows = None
     if input_dtype is not None:
@@ -400,7 +402,7 @@ def norm_backward(
         dr = room_like(z, residual_dtype)
         gradients.append(dr)
     if not rows:
-        return gradients + [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
+        return gradients, None
     dy_rows, dy_stride = as_rows(dy)
     z_rows, z_stride = as_rows(z)
     dz_stride = 0
@@ -410,17 +412,29 @@ def norm_backward(
         target_of(device), n, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset, rms,
         seed is not None, weight_dtype is not None, bias_dtype is not None,
     )  # fmt: skip
-    if dtypes:
-        partial = room(len(dtypes) * programs, n, torch.float32, device)
+    if sums:
+        partial = room(sums * programs, n, torch.float32, device)
     if columns is None:
         walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr, partial)
     else:
         walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr)
         if partial is not None:
             columns(dy_rows, z_rows, stats, partial)
+    return gradients, partial
+
+
+def norm_backward(*arguments: Any) -> list[Tensor]:
+    """Launch the backward kernels; arguments as `norm_backward_rows`.
+
+    Returns:
+        the gradients that are needed, in the order of the last four arguments.
+    """
+    gradients, partial = norm_backward_rows(*arguments)
+    dtypes = [dtype for dtype in arguments[-2:] if dtype is not None]
     if partial is not None:
-        gradients += sum_partials(partial, dtypes)
-    return gradients
+        return gradients + sum_partials(partial, dtypes)
+    z = arguments[2]
+    return gradients + [torch.zeros(z.shape[-1], dtype=dtype, device=z.device) for dtype in dtypes]
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

@@ -74,6 +74,13 @@ class PackedEncoder:
             count_fallback(self._table.label, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         count_fused(self._table.label)
+        if not self.training or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self._run(call)
+        # Three dropouts a layer, and the embeddings'.
+        with drawn_together(1 + 3 * sum(1 for _ in self._layers())):
+            return self._run(call)
+
+    def _run(self, call: dict[str, Any]) -> Any:
         inputs = self._token_inputs(call)
         weighs = batch.wants(self, call, "attentions")
         plan, pads = batch.plan_of(call, inputs, False if weighs else self.fastformer_unpad, pools_first=True)
@@ -195,16 +202,6 @@ class SelfAttention:
                 plan.weights.append(weights)
                 out = out.transpose(1, 2)
         return out.flatten(2)
-
-
-class EncoderLayer:
-    """Forward of a layer that draws the seeds of its three dropouts at once."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with drawn_together(3):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class AddNorm:
