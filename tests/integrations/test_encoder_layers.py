@@ -1,10 +1,11 @@
-"""Which encoder layers run as one operation."""
+"""Which encoder layers, and which embeddings, run as one operation."""
 
 import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
 import fastformer as ff
+from fastformer.integrations.families.embeddings import embed_at_once
 from fastformer.integrations.plan import Plan
 from fastformer.nn.recording import recording
 from fastformer.ops.backend import standing_in
@@ -81,3 +82,28 @@ def test_a_layer_that_is_looked_at_runs_in_parts():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer._parameters_of(hidden, Plan()) is None
         assert layer._parameters_of(hidden, Plan()) is not None
+
+
+TABLES = {
+    "a hook on a table": lambda e: e.word_embeddings.register_forward_hook(lambda *a: None),
+    "a hook on the norm": lambda e: e.LayerNorm.register_forward_hook(lambda *a: None),
+    "a hook on the embeddings": lambda e: e.register_forward_hook(lambda *a: None),
+    "another class of table": lambda e: setattr(
+        e.word_embeddings, "__class__", type("Mine", (torch.nn.Embedding,), {})
+    ),
+    "rows renormed": lambda e: setattr(e.word_embeddings, "max_norm", 1.0),
+    "a padding position": lambda e: setattr(e.position_embeddings, "padding_idx", 0),
+    "one part more": lambda e: e.add_module("more", torch.nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("disturb", TABLES.values(), ids=TABLES.keys())
+def test_embeddings_with_anything_of_their_own_are_called(disturb, monkeypatch):
+    monkeypatch.setattr("fastformer.ops.embedding_layer_norm", lambda *a, **k: "in one pass")
+    embeddings, inputs = _bert().bert.embeddings, {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    assert embed_at_once(embeddings, inputs) is None  # no kernels on the CPU
+    with standing_in():
+        assert embed_at_once(embeddings, inputs) == "in one pass"
+        assert embed_at_once(embeddings, {"input_ids": None, "inputs_embeds": torch.ones(1, 3, 32)}) is None
+        disturb(embeddings)
+        assert embed_at_once(embeddings, inputs) is None
