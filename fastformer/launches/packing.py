@@ -31,4 +31,4 @@ def move(source: Tensor, known: Tensor, out: Tensor, *_: Any) -> None:
     flat[there] = source[known[there]]
 
 
-COMPUTED = {"_facts": facts, "_places": places, "_move": move}
+COMPUTED: dict[str, Any] = {"_facts": facts, "_places": places, "_move": move}
