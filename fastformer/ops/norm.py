@@ -400,7 +400,7 @@ def _run_backward(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    return kernels("norm").norm_backward(
+    return kernels("norm_backward").norm_backward(
         dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(p), offset, rms,
         input_dtype, residual_dtype, weight_dtype, bias_dtype,
     )  # fmt: skip
