@@ -10,22 +10,26 @@
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     TL_DTYPES,
     as_rows,
     cdiv,
+    dense_strides,
+    in_rows,
     power_of_two,
     room,
-    room_like,
-    row_count,
+    row_stride,
     shape_of_program,
 )
 from fastformer.kernels.targets import Target, target_of
@@ -176,43 +180,74 @@ def norm_forward(
     Returns:
         y (..., N) in out_dtype, z or None, fp32 statistics: mean and rstd (2, rows), for RMSNorm rstd (1, rows).
     """
-    n, rows, device = input.shape[-1], row_count(input), input.device
-    x, x_stride = as_rows(input)
-    r, r_stride = (None, 0) if residual is None else as_rows(residual)
-    y = room_like(input, out_dtype)
-    z = room_like(input, sum_dtype) if keep_sum else None
-    stats = room(1 if rms else 2, rows, torch.float32, device)
-    if rows:
-        launch = _forward_launch(
-            target_of(device), n, rows, x_stride, r_stride, threshold, keep_scale, eps, offset, rms, seed is not None,
-            sum_dtype,
-        )  # fmt: skip
-        launch(x, r, row_scale, weight, bias, seed, z, y, stats)
-    return y, z, stats
+    tensors = (as_rows(input)[0], in_rows(residual), weight, bias, row_scale, seed)
+    run = bind_forward(*tensors, threshold, keep_scale, eps, offset, rms, sum_dtype, out_dtype, keep_sum)
+    assert run is not None
+    return run(*tensors)
 
 
-# What a launch is made of beside its tensors is derived once a kind of call. Keys are typed: 1 is not 1.0 to Triton.
+def bind_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]] | None:
+    """`norm_forward` of tensors laid out like these, as a function of the tensors alone; None where it copies."""
+    strides = tuple(0 if t is None else row_stride(t) for t in (input, residual))
+    if None in strides:
+        return None
+    dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias, row_scale))
+    return _forward_of(
+        target_of(input.device), input.device, input.shape, strides, dtypes, seed is not None, *numbers
+    )  # fmt: skip
+
+
+# What a call is made of beside its tensors is derived once for each kind. Keys are typed: 1 is not 1.0 to Triton.
 @functools.lru_cache(maxsize=1024, typed=True)
-def _forward_launch(
+def _forward_of(
     aim: Target,
-    n: int,
-    rows: int,
-    x_stride: int,
-    r_stride: int,
+    device: torch.device,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    dropped: bool,
     threshold: int,
     keep_scale: float,
     eps: float,
     offset: float,
     rms: bool,
-    dropped: bool,
     sum_dtype: torch.dtype,
-) -> Prepared:
+    out_dtype: torch.dtype,
+    keep_sum: bool,
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    numbers = (rows, *strides, threshold, keep_scale, eps, offset, n, rms, dropped, TL_DTYPES[sum_dtype])
     block_n = max(power_of_two(n), 16)
-    numbers = (rows, x_stride, r_stride, threshold, keep_scale, eps, offset, n, rms, dropped, TL_DTYPES[sum_dtype])
     if block_n > FORWARD_TILE_COLUMNS:
-        shape = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
-        return Prepared(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), shape)
-    block_m = max(1, 1024 // block_n)
-    each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
-    shape = shape_of_program(aim, block_m * block_n, each, registers)
-    return Prepared(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), shape)
+        options = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
+        launch = Bound(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
+    else:
+        block_m = max(1, 1024 // block_n)
+        each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
+        options = shape_of_program(aim, block_m * block_n, each, registers)
+        launch = Bound(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), options)
+
+    def run(
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        row_scale: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        y = torch.empty_strided(shape, dense, dtype=out_dtype, device=device)
+        z = torch.empty_strided(shape, dense, dtype=sum_dtype, device=device) if keep_sum else None
+        stats = room(1 if rms else 2, rows, torch.float32, device)
+        if rows:
+            launch(input, residual, row_scale, weight, bias, seed, z, y, stats)
+        return y, z, stats
+
+    return run

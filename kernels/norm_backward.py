@@ -11,22 +11,25 @@ z_hat = (z - mean) * rstd, and for RMSNorm mean(wdy) is left out.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.norm import LOOP_COLUMNS, affine
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     as_rows,
     cdiv,
+    dense_strides,
+    in_rows,
     power_of_two,
     room,
-    room_like,
-    row_count,
+    row_stride,
     shape_of_program,
     sum_partials,
     walkers,
@@ -205,72 +208,101 @@ def norm_backward(
     Returns:
         the gradients that are needed, in the order of those four arguments.
     """
-    n, rows, device = z.shape[-1], row_count(z), z.device
-    dtypes = [dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None]
-    gradients = []
-    dx = dr = partial = dz_rows = None
-    if input_dtype is not None:
-        dx = room_like(z, input_dtype)
-        gradients.append(dx)
-    if residual_dtype is not None:
-        dr = room_like(z, residual_dtype)
-        gradients.append(dr)
-    if not rows:
-        return gradients + [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
-    dy_rows, dy_stride = as_rows(dy)
-    z_rows, z_stride = as_rows(z)
-    dz_stride = 0
-    if dz is not None:
-        dz_rows, dz_stride = as_rows(dz)
-    programs, walk, columns = _backward_launches(
-        target_of(device), n, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset, rms,
-        seed is not None, weight_dtype is not None, bias_dtype is not None,
+    tensors = (as_rows(dy)[0], in_rows(dz), as_rows(z)[0], stats, weight, row_scale, seed)
+    wanted = (input_dtype, residual_dtype, weight_dtype, bias_dtype)
+    run = bind_backward(*tensors, threshold, keep_scale, offset, rms, *wanted)
+    assert run is not None
+    return [gradient for gradient in run(*tensors) if gradient is not None]
+
+
+def bind_backward(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    keep_scale: float,
+    offset: float,
+    rms: bool,
+    *wanted: torch.dtype | None,
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """`norm_backward` of tensors laid out like these, as a function of the tensors alone that has a place for each
+    gradient; None where it copies."""
+    strides = tuple(0 if t is None else row_stride(t) for t in (dy, dz, z))
+    if None in strides:
+        return None
+    dtypes = tuple(None if t is None else t.dtype for t in (dy, dz, z, weight, row_scale))
+    return _backward_of(
+        target_of(z.device), z.device, z.shape, strides, dtypes, threshold, keep_scale, offset, rms, seed is not None,
+        wanted,
     )  # fmt: skip
-    if dtypes:
-        partial = room(len(dtypes) * programs, n, torch.float32, device)
-    if columns is None:
-        walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr, partial)
-    else:
-        walk(dy_rows, dz_rows, z_rows, stats, weight, row_scale, seed, dx, dr)
-        if partial is not None:
-            columns(dy_rows, z_rows, stats, partial)
-    if partial is not None:
-        gradients += sum_partials(partial, dtypes)
-    return gradients
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def _backward_launches(
+def _backward_of(
     aim: Target,
-    n: int,
-    rows: int,
-    dy_stride: int,
-    dz_stride: int,
-    z_stride: int,
+    device: torch.device,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
     threshold: int,
     keep_scale: float,
     offset: float,
     rms: bool,
     dropped: bool,
-    dweight: bool,
-    dbias: bool,
-) -> tuple[int, Prepared, Prepared | None]:
-    """Partial rows, the launch over rows, and for wide rows the one over columns."""
+    wanted: tuple[torch.dtype | None, ...],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    input_dtype, residual_dtype, weight_dtype, bias_dtype = wanted
+    dweight, dbias = weight_dtype is not None, bias_dtype is not None
+    sums = tuple(dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None)
     block_n = max(power_of_two(n), 16)
     wide = block_n > (DROPOUT_TILE_COLUMNS if dropped else TILE_COLUMNS)
     block_m = 16 if wide else max(1, 2048 // block_n)
     programs = walkers(aim, cdiv(rows, block_m))
-    numbers = (rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset, n, rms, dropped)
+    numbers = (rows, *strides, threshold, keep_scale, offset, n, rms, dropped)
+    columns = None
     if wide:
-        walk = Prepared(
-            _backward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), shape_of_program(aim, LOOP_COLUMNS, 8, 128)
-        )
-        sums = (rows, dy_stride, z_stride, n, rms, dweight, dbias, block_m, 128)
-        return (
-            programs,
-            walk,
-            Prepared(_backward_columns, (cdiv(n, 128), programs), sums, shape_of_program(aim, 2048, 16, 128)),
-        )
-    constants = (dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
-    shape = shape_of_program(aim, block_m * block_n, 8, 128)
-    return programs, Prepared(_backward_tile, (programs,), (*numbers, *constants), shape), None
+        options = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
+        walk = Bound(_backward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
+        sides = (rows, strides[0], strides[2], n, rms, dweight, dbias, block_m, 128)
+        columns = Bound(_backward_columns, (cdiv(n, 128), programs), sides, shape_of_program(aim, 2048, 16, 128))
+    else:
+        constants = (*numbers, dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
+        walk = Bound(_backward_tile, (programs,), constants, shape_of_program(aim, block_m * block_n, 8, 128))
+    total = sum_partials(aim, device, len(sums) * programs, n, sums) if sums else None
+
+    def run(
+        dy: Tensor,
+        dz: Tensor | None,
+        z: Tensor,
+        stats: Tensor,
+        weight: Tensor | None,
+        row_scale: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        dx = dr = partial = None
+        if input_dtype is not None:
+            dx = torch.empty_strided(shape, dense, dtype=input_dtype, device=device)
+        if residual_dtype is not None:
+            dr = torch.empty_strided(shape, dense, dtype=residual_dtype, device=device)
+        if not rows:
+            empty = (None if dtype is None else torch.zeros(n, dtype=dtype, device=device) for dtype in wanted[2:])
+            return dx, dr, *empty
+        if total is not None:
+            partial = room(len(sums) * programs, n, torch.float32, device)
+        if columns is None:
+            walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
+        else:
+            walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr)
+            if partial is not None:
+                columns(dy, z, stats, partial)
+        if total is None or partial is None:
+            return dx, dr, None, None
+        found = total(partial)
+        return dx, dr, found[0] if dweight else None, found[-1] if dbias else None
+
+    return run

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from checking import compare, fenced
 
-from fastformer.ops import norm
+from fastformer.ops import norm, operator
 from fastformer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastformer.ops.random import philox_keep
 
@@ -75,7 +75,8 @@ def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
 def test_walked_rows(rms, p, n, device, monkeypatch, poisoned):
     """Rows wider than a program holds; the limits are lowered so that small ones are."""
     limits = {"": ("FORWARD_TILE_COLUMNS",), "_backward": ("TILE_COLUMNS", "DROPOUT_TILE_COLUMNS")}
-    derived = {"": "_forward_launch", "_backward": "_backward_launches"}
+    derived = {"": "_forward_of", "_backward": "_backward_of"}
+    monkeypatch.setattr(norm, "_kinds", operator.Kinds())
     for part, names in limits.items():
         kernels = pytest.importorskip(f"fastformer.kernels.norm{part}")
         for limit in names:
