@@ -103,27 +103,33 @@ class Bound(Prepared):
     look-up. It runs on the GPU of its first tensor, whichever is the current one.
     """
 
-    __slots__ = ("known", "last")
+    __slots__ = ("last",)
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
         super().__init__(kernel, (*grid, 1, 1)[:3], others, options)
-        # (driver, device, debug, instrumentation) of the last launch, and what it ran; never set on AMD, where the
-        # storages' sizes count as well.
-        self.known: tuple[Any, ...] | None = None
-        self.last: tuple[Any, ...] = ()
+        # Driver, device and switches at the last launch, and what it ran; never set on AMD, where the storages' sizes
+        # count as well.
+        self.last: tuple[Any, ...] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         bits = 0
         for pointer in pointers:
             bits |= pointer
-        if not bits & 15 and self.known is not None and not _is_own(self.kernel.kernel):
+        last = self.last
+        if last is not None and not bits & 15 and not _is_own(self.kernel.kernel):
+            driver_then, device_then, debug, mode, run, function, metadata, others = last
             active = driver.active
             device = active.get_current_device()
-            if self.known == (active, device, knobs.runtime.debug, knobs.compilation.instrumentation_mode):
-                run, function, metadata, tail = self.last
+            if (
+                active is driver_then
+                and device == device_then
+                and knobs.runtime.debug == debug
+                and knobs.compilation.instrumentation_mode == mode
+            ):
+                x, y, z = self.grid
                 stream = active.get_current_stream(device)
-                run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.others, *tail)
+                run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others)
                 return
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
@@ -132,25 +138,23 @@ class Bound(Prepared):
             return
         found = self._launch(tensors)
         if found is not None and not bits & 15 and not _HIP:
-            active = driver.active
+            active, (run, function, metadata, tail) = driver.active, found
             switches = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-            self.known, self.last = (active, active.get_current_device(), *switches), found
-
-
-def _hooked(hook: Any) -> bool:
-    """Whether a launch hook of Triton's is more than an empty chain."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+            ran = run, function, metadata, (*self.others, *tail)
+            self.last = (active, active.get_current_device(), *switches, *ran)
 
 
 def _is_own(jit: Any) -> bool:
     """Whether a launch must be Triton's own: something is to see it, or only compiles it."""
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Hooks are usually chains, and usually empty ones.
     return bool(
-        targets.assumed()
-        or jit.pre_run_hooks
-        or _hooked(runtime.launch_enter_hook)
-        or _hooked(runtime.launch_exit_hook)
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
         or runtime.add_stages_inspection_hook is not None
+        or jit.pre_run_hooks
+        or targets.assumed()
     )
 
 

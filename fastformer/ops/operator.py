@@ -34,6 +34,7 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _autocasts = torch._C._is_any_autocast_enabled
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # Kinds of calls that an operator remembers; a training step makes a few of each.
 KEPT = 1024
 
@@ -60,11 +61,11 @@ class Kind:
         shown: picks the results that a call hands out.
         back: `back(grads, saved)` launches backward and returns a gradient (or None) for each tensor; None where the
             operator's own backward runs.
-        layout: dtypes and strides of the last backward's gradients and saved tensors, for which `back` was made: both
-            may come in any, saved ones from whoever held them elsewhere meanwhile.
+        layout: dtypes and strides of the last backward's gradients, for which `back` was made.
+        hooked: whether hooks hold saved tensors elsewhere meanwhile, which may lay them out anew; `layout` covers them.
     """
 
-    __slots__ = ("back", "layout", "numbers", "operator", "recorded", "run", "shown")
+    __slots__ = ("back", "hooked", "layout", "numbers", "operator", "recorded", "run", "shown")
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Kind:
         self.shown = _first_ones(visible)
         self.back: Callable[..., tuple[Tensor | None, ...]] | None = None
         self.layout: list[Any] | None = None
+        self.hooked = _saved_tensors_hooks(True) is not None
 
     def __call__(self, *tensors: Tensor | None) -> Any:
         if self.recorded:
@@ -106,6 +108,7 @@ class Kinds:
                 numbers,
                 torch.is_grad_enabled(),
                 forward_ad._current_level,
+                _saved_tensors_hooks(True) is None,
                 _autocasts() and backend.autocasts(tensors[0].device),  # type: ignore[union-attr]
                 backend.state(),
                 *[
@@ -249,7 +252,8 @@ class Operator(Kernel):
             def backward_of_kind(ctx: Any, *grads: Any) -> Any:
                 if not torch.is_grad_enabled() and not _is_watched():
                     kind, tensors = ctx.kind, ctx.saved_tensors
-                    layout = [None if t is None else (t.dtype, t.stride()) for t in (*grads, *tensors)]
+                    laid = (*grads, *tensors) if kind.hooked else grads
+                    layout = [None if t is None else (t.dtype, t.stride()) for t in laid]
                     if layout != kind.layout:
                         kind.back = bind(kind.numbers, ctx.needs_input_grad, grads, tensors)
                         kind.layout = layout
@@ -280,6 +284,8 @@ def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any])
     function: Any = type(
         name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
+    # Called as it is, without BackwardCFunction's choice between backward and vjp.
+    function._backward_cls.apply = backward
     return super(torch.autograd.Function, function).apply
 
 
@@ -288,7 +294,7 @@ def _first_ones(count: int | None) -> Callable[[Any], Any]:
         return lambda output: output
     if count == 1:
         return lambda output: output[0]
-    return lambda output: output[:count]
+    return lambda output: tuple(output[:count])
 
 
 def differentiate(
