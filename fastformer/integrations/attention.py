@@ -223,7 +223,15 @@ def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: 
 def _biased(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, bias: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Packed rows with a bias of the padded batch's shape [1, heads, seqlen, seqlen]: padded for attention only."""
+    """Packed rows with a bias [1, heads, seqlen, seqlen] by the distance between two places of the padded batch."""
+    if bias.shape[-1] not in (1, packing.seqlen):
+        raise ValueError(f"position_bias must be for {packing.seqlen} places of a packed batch, got {bias.shape[-1]}")
+    if packing.contiguous:
+        # Distances within a sequence are the same wherever in its row it stands.
+        q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
+        longest = packing.max_seqlen
+        mask = bias[..., :longest, :longest].to(query.dtype)
+        return _packed(q, k, v, packing, {**options, "attn_mask": mask})[None]
     q, k, v = (packing.pad(t.transpose(1, 2).squeeze(0)).transpose(1, 2) for t in (query, key, value))
     mask = bias.to(query.dtype).masked_fill(~packing.places()[:, None, None, :], -torch.inf)
     out = attend(q, k, v, attn_mask=mask, **options)
