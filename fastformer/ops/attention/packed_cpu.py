@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,72 +25,84 @@ _DRAW_BITS = 16
 
 
 class _Piece(NamedTuple):
-    """Queries `start_q` to `end_q`, keys `start_k` to `end_k`, and the key heads `first` to `last`."""
+    """Sequence `number`, with as many queries and keys, and its key heads from `first` up to `last`."""
 
-    start_q: int
-    end_q: int
-    start_k: int
-    end_k: int
+    number: int
+    q_len: int
+    k_len: int
     first: int
     last: int
 
 
-def _pieces(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[list[_Piece], int]:
+def _pieces(query: Tensor, key: Tensor, lengths_q: list[int], lengths_k: list[int]) -> tuple[list[_Piece], int]:
     """The pieces of work of a call, and how many query heads share a key head."""
-    bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
     heads, groups = key.shape[1], query.shape[1] // max(1, key.shape[1])
+    most = _SCRATCH_BYTES // (groups * query.element_size())
     pieces = []
-    for i in range(len(bounds_q) - 1):
-        a, b, c, d = bounds_q[i], bounds_q[i + 1], bounds_k[i], bounds_k[i + 1]
-        if b == a or d == c:
-            continue
-        step = max(1, _SCRATCH_BYTES // ((b - a) * (d - c) * groups * query.element_size()))
-        pieces += [_Piece(a, b, c, d, first, min(heads, first + step)) for first in range(0, heads, step)]
+    for number, (q_len, k_len) in enumerate(zip(lengths_q[:-1], lengths_k[:-1], strict=True)):
+        if q_len and k_len:
+            step = max(1, most // (q_len * k_len))
+            pieces += [
+                _Piece(number, q_len, k_len, first, min(heads, first + step)) for first in range(0, heads, step)
+            ]
     return pieces, groups
 
 
-def _heads(x: Tensor, start: int, end: int, first: int, last: int, groups: int) -> Tensor:
-    """(heads, groups * tokens, D) of a packed tensor: the query heads that share a key head lie below each other."""
-    part = x[start:end, first * groups : last * groups].transpose(0, 1)
-    if part.dtype != torch.float64:
+def _lengths(bounds: Tensor, tokens: int) -> list[int]:
+    """Lengths of the sequences, and of what comes after the last."""
+    ends = [*bounds.tolist(), tokens]
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def _sequences(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """(heads, tokens, D) views of the sequences of a packed tensor, all in one call."""
+    return x.transpose(0, 1).split(lengths, 1)
+
+
+def _heads(sequence: Tensor, first: int, last: int, groups: int) -> Tensor:
+    """(heads, groups * tokens, D): the query heads that share a key head lie below each other."""
+    part = sequence
+    if (last - first) * groups != part.shape[0]:
+        part = part[first * groups : last * groups]
+    if part.dtype != torch.float64 and part.dtype != torch.float32:
         part = part.float()
-    return part if groups == 1 else part.reshape(last - first, -1, x.shape[-1])
+    return part if groups == 1 else part.reshape(last - first, -1, part.shape[-1])
 
 
-def _put(out: Tensor, part: Tensor, start: int, end: int, first: int, last: int, groups: int) -> None:
-    target = out[start:end, first * groups : last * groups].transpose(0, 1)
-    target.copy_(part.view(target.shape) if groups > 1 else part)
+def _put(sequence: Tensor, part: Tensor, first: int, last: int, groups: int) -> None:
+    if (last - first) * groups != sequence.shape[0]:
+        sequence = sequence[first * groups : last * groups]
+    sequence.copy_(part.view(sequence.shape) if groups > 1 else part)
 
 
 def _weights(
     q: Tensor, k: Tensor, bad: Tensor | None, bias: Tensor | None, piece: _Piece, options: tuple[float, bool, bool]
 ) -> Tensor:
     """Probabilities (heads, groups * Sq, Sk) before dropout."""
-    q_len, k_len = piece.end_q - piece.start_q, piece.end_k - piece.start_k
+    _, q_len, k_len, first, last = piece
     scale, is_causal, bottom_right = options
-    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    by_head = scores.view(-1, q_len, k_len)
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
     if bad is not None:
-        poison = bad[piece.start_k : piece.end_k, piece.first : piece.last].t().unsqueeze(1)
-        scores.masked_fill_(poison, torch.nan)
+        scores.masked_fill_(bad[first:last].mT, torch.nan)
     if bias is not None:
+        by_head = scores.view(-1, q_len, k_len)
         by_head += _of_piece(bias, by_head, piece)
     if is_causal:
         offset = k_len - q_len if bottom_right else 0
         hidden = torch.ones(q_len, k_len, dtype=torch.bool).triu_(1 + offset)
-        by_head.masked_fill_(hidden, -torch.inf)
+        scores.view(-1, q_len, k_len).masked_fill_(hidden, -torch.inf)
     weights = torch.softmax(scores, -1)
     if is_causal and offset < 0:
         empty = torch.arange(q_len).view(-1, 1) < -offset
-        weights = weights.view(by_head.shape).masked_fill(empty, 0.0).view(weights.shape)
+        weights = weights.view(-1, q_len, k_len).masked_fill(empty, 0.0).view(weights.shape)
     return weights
 
 
 def _of_piece(bias: Tensor, by_head: Tensor, piece: _Piece) -> Tensor:
     """The part of a (heads, longest, longest) bias that the scores (heads, Sq, Sk) of a piece take."""
-    heads, q_len, k_len = by_head.shape
+    heads = by_head.shape[0]
     first = piece.first * (heads // (piece.last - piece.first))
-    return bias[first : first + heads, :q_len, :k_len]
+    return bias[first : first + heads, : piece.q_len, : piece.k_len]
 
 
 class _Drops:
@@ -126,22 +139,27 @@ def _forward(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """Output (T, H, Dv)."""
-    pieces, groups = _pieces(query, key, cu_seqlens_q, cu_seqlens_k)
+    lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
+    pieces, groups = _pieces(query, key, lengths_q, lengths_k)
     out = query.new_zeros((*query.shape[:2], value.shape[2]))
     key, value, bad = _cleaned(key, value, is_causal)
+    queries, keys, values = _sequences(query, lengths_q), _sequences(key, lengths_k), _sequences(value, lengths_k)
+    starts = cu_seqlens_q.tolist()
+    bads = None if bad is None else _sequences(bad, lengths_k)
     bias = _wide(bias)
     drops = _Drops(dropout_seed, dropout_p)
+    none = out.new_empty((), dtype=torch.promote_types(out.dtype, torch.float32))
     for piece in pieces:
-        a, b, c, d, *heads = piece
-        q, k = _heads(query, a, b, *heads, groups), _heads(key, c, d, *heads, 1)
-        weights = _weights(q, k, bad, bias, piece, (scale, is_causal, bottom_right))
+        i, q_len, _, *heads = piece
+        q, k, v = _heads(queries[i], *heads, groups), _heads(keys[i], *heads, 1), _heads(values[i], *heads, 1)
+        weights = _weights(q, k, bads and bads[i], bias, piece, (scale, is_causal, bottom_right))
         mask = drops.mask(weights.shape)
         if mask is not None:
             # A second derivative goes through here, and needs the weights as they were.
             weights = weights * mask if torch.is_grad_enabled() else weights.mul_(mask)
-        v = _heads(value, c, d, *heads, 1)
-        part = torch.baddbmm(weights.new_empty(()), weights, v, beta=0, alpha=drops.factor)
-        _put(out, part, a, b, *heads, groups)
+        # A view of its own: where a second derivative is taken, what `split` gives may not be written to.
+        target = out.narrow(0, starts[i], q_len).transpose(0, 1)
+        _put(target, torch.baddbmm(none, weights, v, beta=0, alpha=drops.factor), *heads, groups)
     return out
 
 
@@ -153,7 +171,7 @@ def _cleaned(key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tenso
     """Keys and values without NaN and Inf, and where they had some; untouched where every row sees every key."""
     if not is_causal or bool(torch.isfinite(key.sum() + value.sum())):
         return key, value, None
-    bad = ~(torch.isfinite(key).all(-1) & torch.isfinite(value).all(-1))
+    bad = ~(torch.isfinite(key).all(-1, keepdim=True) & torch.isfinite(value).all(-1, keepdim=True))
     return torch.where(torch.isfinite(key), key, 0.0), torch.where(torch.isfinite(value), value, 0.0), bad
 
 
@@ -173,33 +191,37 @@ def _backward(
     of_bias: bool,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and, if `of_bias`, of the bias."""
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value))
-    pieces, groups = _pieces(query, key, cu_seqlens_q, cu_seqlens_k)
+    grads = grad_q, grad_k, grad_v = [torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
+    pieces, groups = _pieces(query, key, lengths_q, lengths_k)
     key, value, bad = _cleaned(key, value, is_causal)
+    queries, sent, grads_q = (_sequences(x, lengths_q) for x in (query, grad, grad_q))
+    keys, values, grads_k, grads_v = (_sequences(x, lengths_k) for x in (key, value, grad_k, grad_v))
+    bads = None if bad is None else _sequences(bad, lengths_k)
     wide = _wide(bias)
     grad_bias = torch.zeros(wide.shape, dtype=wide.dtype) if wide is not None and of_bias else None
     drops = _Drops(dropout_seed, dropout_p)
+    none = grad_q.new_empty((), dtype=torch.promote_types(grad_q.dtype, torch.float32))
     for piece in pieces:
-        a, b, c, d, *heads = piece
-        q, g = (_heads(x, a, b, *heads, groups) for x in (query, grad))
-        none = q.new_empty(())
-        k, v = (_heads(x, c, d, *heads, 1) for x in (key, value))
-        weights = _weights(q, k, bad, wide, piece, (scale, is_causal, bottom_right))
-        grad_weights = torch.baddbmm(none, g, v.transpose(1, 2), beta=0, alpha=drops.factor)
+        i, q_len, k_len, *heads = piece
+        q, g = _heads(queries[i], *heads, groups), _heads(sent[i], *heads, groups)
+        k, v = _heads(keys[i], *heads, 1), _heads(values[i], *heads, 1)
+        weights = _weights(q, k, bads and bads[i], wide, piece, (scale, is_causal, bottom_right))
+        grad_weights = torch.baddbmm(none, g, v.mT, beta=0, alpha=drops.factor)
         kept, mask = weights, drops.mask(weights.shape)
         if mask is not None:
             grad_weights.mul_(mask)
             kept = weights * mask
-        _put(grad_v, torch.baddbmm(none, kept.transpose(1, 2), g, beta=0, alpha=drops.factor), c, d, *heads, 1)
+        _put(grads_v[i], torch.baddbmm(none, kept.mT, g, beta=0, alpha=drops.factor), *heads, 1)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         if grad_bias is not None:
-            by_head = grad_scores.view(-1, b - a, d - c)
+            by_head = grad_scores.view(-1, q_len, k_len)
             _of_piece(grad_bias, by_head, piece).add_(by_head)
-        _put(grad_q, torch.baddbmm(none, grad_scores, k, beta=0, alpha=scale), a, b, *heads, groups)
-        _put(grad_k, torch.baddbmm(none, grad_scores.transpose(1, 2), q, beta=0, alpha=scale), c, d, *heads, 1)
+        _put(grads_q[i], torch.baddbmm(none, grad_scores, k, beta=0, alpha=scale), *heads, groups)
+        _put(grads_k[i], torch.baddbmm(none, grad_scores.mT, q, beta=0, alpha=scale), *heads, 1)
     if grad_bias is None or bias is None:
-        return [grad_q, grad_k, grad_v]
-    return [grad_q, grad_k, grad_v, grad_bias.to(bias.dtype)]
+        return grads
+    return [*grads, grad_bias.to(bias.dtype)]
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
