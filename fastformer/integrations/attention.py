@@ -13,7 +13,6 @@ An argument that is neither understood nor known to be without effect raises: ig
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ from fastformer.integrations.plan import (
     packing_from_positions,
     plan_in,
 )
+from fastformer.integrations.scoped import Scoped
 from fastformer.nn.counters import count_fused
 from fastformer.ops.packing import Packing
 
 NAME = "fastformer"
 # Set around a base model's forward whose own code keeps output_attentions from its attention modules (GPT-2).
-WANTS_WEIGHTS: ContextVar[bool] = ContextVar("fastformer_wants_weights", default=False)
+WANTS_WEIGHTS: Scoped[bool] = Scoped("fastformer_wants_weights", False)
 
 # Bookkeeping of transformers that says nothing about which keys a query may see.
 _WITHOUT_EFFECT = frozenset(
