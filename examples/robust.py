@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = recipe.arguments("robust", __doc__, without=("save_every",), epochs=5)
     recipe.add_columns(parser)
     parser.add_argument("--noise", type=float, default=0.05, metavar="X", help="share of characters (default: 0.05)")
-    parser.add_argument("--fgm", type=float, default=0.5, metavar="X", help="epsilon, in embeddings' mean norm (default: 0.5)")
+    parser.add_argument("--fgm", type=float, default=0.5, metavar="X", help="of an embedding's norm (default: 0.5)")
     parser.add_argument("--r-drop", type=float, default=0.5, metavar="X", help="alpha (default: 0.5)")
     whole = recipe.whole_number(1, 10**6)
     parser.add_argument("--patience", type=whole, default=2, metavar="N", help="epochs without gain (default: 2)")
