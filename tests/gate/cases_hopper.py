@@ -76,7 +76,6 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         "backward-full-64": (64, bf16, False, {}),
         "backward-packed-rich-64": (64, fp16, True, RICH),
         "backward-full-128": (128, fp16, False, {}),
-        "backward-packed-causal-128": (128, bf16, True, CAUSAL),
         "backward-packed-rich-128": (128, bf16, True, RICH),
         "backward-packed-causal-256": (256, bf16, True, CAUSAL),
     }
