@@ -45,7 +45,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_device_as_it_was(monkeypatch)
     recorder = capture.CudaRecorder(torch.device("cuda", 0))
     before = recorder.stream, recorder.pool
     with pytest.raises(
-        capture.CaptureFailed, match="^CUDA error: operation failed due to a previous error .* capture$"
+        capture.CaptureFailed, match=r"^CUDA error: operation failed due to a previous error .* capture$"
     ):
         recorder.record(lambda: None)
     assert current[-1] == "the loop's stream"
