@@ -221,7 +221,8 @@ def _run_backward(
         arguments = (dy, dy, None, None, seed, *drop_numbers(p), "identity", dy.dtype, None, None)
         (dy,) = kernels("activation").activation_backward(*arguments)
     kinds = (total.dtype, None, weight_dtype, bias_dtype)
-    return kernels("norm").norm_backward(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
+    run = kernels("norm_backward").norm_backward
+    return run(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
 
 
 def _run_backward_fake(dy, total, stats, weight, seed, p, *dtypes):

@@ -271,7 +271,7 @@ def _backward(
     x, qkv, mixed, lse, y, z, stats, wide, active, last_z, last_stats = kept
     p = parameters
     needs: Any = LayerParameters(*needed)  # type: ignore[arg-type]
-    dtype, norm = x.dtype, kernels("norm").norm_backward_rows
+    dtype, norm = x.dtype, kernels("norm_backward").norm_backward_rows
 
     def kinds(weight: Tensor, bias: Tensor | None, wants_weight: Any, wants_bias: Any) -> tuple[Any, ...]:
         return weight.dtype if wants_weight else None, bias.dtype if bias is not None and wants_bias else None
@@ -358,7 +358,8 @@ def _of_parameters(
             found = [torch.empty(partial.shape[1], dtype=dtype, device=source.device) for dtype in wanted]
             partials.append((partial, *found))
         else:
-            found = rows.sum_partials(partial, wanted)
+            add = rows.sum_partials(rows.target(partial), partial.device, *partial.shape, tuple(wanted))
+            found = add(partial)
         each = iter(found)
         of_norms.append([None if dtype is None else next(each) for dtype in dtypes])
     gradients.parameter_gradients(products, sums, partials)
