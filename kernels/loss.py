@@ -95,10 +95,29 @@ def _loss_forward(
 
 
 @launcher
+@triton.jit(do_not_specialize=["rows"])
+def _reduce(LOSS, WEIGHT, OUT, TOTAL, rows, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the sum of rows' losses, divided by the sum of their weights for the mean."""
+    loss = tl.zeros([BLOCK], tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        loss += tl.load(LOSS + row, mask=row < rows, other=0.0)
+        if MEAN:
+            weight += tl.load(WEIGHT + row, mask=row < rows, other=0.0)
+    found = tl.sum(loss, 0)
+    if MEAN:
+        total = tl.sum(weight, 0)
+        tl.store(TOTAL, total)
+        found /= total
+    tl.store(OUT, found.to(OUT.dtype.element_ty))
+
+
+@launcher
 @triton.jit(do_not_specialize=["ignore"])
 def _loss_backward(
-    DLOSS, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss, cap,
-    V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    DLOSS, TOTAL, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss,
+    cap, V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns (grid axis 1) of one row (axis 0) a program; DX may be X."""
     row = tl.program_id(0).to(tl.int64)
@@ -110,6 +129,8 @@ def _loss_backward(
     tail = tl.load(LSE + row * 2 + 1)
     lse = top + tail
     dloss = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
+    if TOTAL is not None:
+        dloss /= tl.load(TOTAL)
     x, slope = _load_logits(X, row, x_stride, column, valid, float("-inf"), cap, CAPPED)
     p = tl.exp((x - top) - tail)
     dx = (1.0 - smoothing + 2.0 * z_loss * lse) * weight * p
@@ -190,6 +211,38 @@ def _forward_of(
     return run
 
 
+def reduce_losses(loss: Tensor, weights: Tensor, mean: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Launch the reduction.
+
+    Args:
+        loss, weights: fp32 (R,), contiguous, as the forward kernel leaves them.
+
+    Returns:
+        the sum or mean of loss, () in out_dtype, and for the mean the fp32 () sum of weights.
+    """
+    return bind_reduction(loss, mean, out_dtype)(loss, weights)
+
+
+def bind_reduction(loss: Tensor, mean: bool, out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`reduce_losses` of as many rows, as a function of the tensors alone."""
+    return _reduction_of(loss.device, loss.shape[0], mean, out_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduction_of(
+    device: torch.device, rows: int, mean: bool, out_dtype: torch.dtype
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    launch = Bound(_reduce, (1,), (rows, mean, 1024), {"num_warps": 4})
+
+    def run(loss: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_strided((), (), dtype=out_dtype, device=device)
+        total = torch.empty_strided((), (), dtype=torch.float32, device=device) if mean else None
+        launch(loss, weights, out, total)
+        return out, total
+
+    return run
+
+
 def cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,
@@ -202,6 +255,7 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: float,
     in_place: bool,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Launch the backward kernel.
 
@@ -209,27 +263,28 @@ def cross_entropy_backward(
         dloss: (R,) gradient of every row's loss, any stride, or a scalar, which is every row's; row_weight, lse: from
             forward; others as in forward.
         in_place: write the gradient over logits, which then must have unit stride in the last dimension.
+        total: fp32 () that the gradient is divided by, or None.
 
     Returns:
         (..., V) gradient of logits in their dtype.
     """
     logits = as_rows(logits)[0]
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    run = bind_backward(dloss, logits, goal, weight, *options, in_place)
+    run = bind_backward(dloss, logits, goal, weight, total is not None, *options, in_place)
     assert run is not None
-    return run(dloss, logits, goal, weight, row_weight, lse)
+    return run(dloss, logits, goal, weight, row_weight, lse, total)
 
 
 def bind_backward(
-    dloss: Tensor, logits: Tensor, goal: Tensor, weight: Tensor | None, *options: float
+    dloss: Tensor, logits: Tensor, goal: Tensor, weight: Tensor | None, mean: bool, *options: float
 ) -> Callable[..., Tensor] | None:
-    """`cross_entropy_backward` of tensors laid out like these, as a function of the tensors alone; None where it
-    copies."""
+    """`cross_entropy_backward`, for a `mean` with its total, of tensors laid out like these, as a function of the tensors
+    alone; None where it copies."""
     strides = dloss.stride(0) if dloss.ndim else 0, row_stride(logits)
     if strides[1] is None:
         return None
     dtypes = logits.dtype, dloss.dtype, None if weight is None else weight.dtype
-    return _backward_of(target_of(logits.device), logits.device, logits.shape, strides, *dtypes, *options)
+    return _backward_of(target_of(logits.device), logits.device, logits.shape, strides, *dtypes, mean, *options)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
@@ -241,6 +296,7 @@ def _backward_of(
     dtype: torch.dtype,
     dloss_dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
+    mean: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -257,12 +313,18 @@ def _backward_of(
     launch = Bound(_loss_backward, grid, (*numbers, *constants), shape_of_program(aim, block, 8, 64))
 
     def run(
-        dloss: Tensor, logits: Tensor, goal: Tensor, weight: Tensor | None, row_weight: Tensor, lse: Tensor
+        dloss: Tensor,
+        logits: Tensor,
+        goal: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor,
+        lse: Tensor,
+        total: Tensor | None = None,
     ) -> Tensor:
         dx = logits if in_place else torch.empty_strided(shape, dense, dtype=dtype, device=device)
         if rows:
             weights = weight.float().sum() if weight is not None and smooth else None
-            launch(dloss, logits, goal, weight, weights, row_weight, lse, dx)
+            launch(dloss, total, logits, goal, weight, weights, row_weight, lse, dx)
         return dx
 
     return run

@@ -215,6 +215,33 @@ def norm_backward(
     return [gradient for gradient in run(*tensors) if gradient is not None]
 
 
+def norm_backward_rows(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    keep_scale: float,
+    offset: float,
+    rms: bool,
+    *wanted: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """`norm_backward` that leaves the sums over rows to the caller.
+
+    Returns:
+        the gradients of input and residual that are needed, and fp32 (sums * P, N) partial rows of weight's and then
+        bias's, P for each that is needed; None if neither is or z has no row.
+    """
+    tensors = (as_rows(dy)[0], in_rows(dz), as_rows(z)[0], stats, weight, row_scale, seed)
+    run = bind_backward(*tensors, threshold, keep_scale, offset, rms, *wanted, summed=False)
+    assert run is not None
+    dx, dr, partial = run(*tensors)
+    return [gradient for gradient in (dx, dr) if gradient is not None], partial
+
+
 def bind_backward(
     dy: Tensor,
     dz: Tensor | None,
@@ -228,16 +255,17 @@ def bind_backward(
     offset: float,
     rms: bool,
     *wanted: torch.dtype | None,
+    summed: bool = True,
 ) -> Callable[..., tuple[Tensor | None, ...]] | None:
     """`norm_backward` of tensors laid out like these, as a function of the tensors alone that has a place for each
-    gradient; None where it copies."""
+    gradient; None where it copies. Without `summed` the partial rows stand for weight's and bias's."""
     strides = tuple(0 if t is None else row_stride(t) for t in (dy, dz, z))
     if None in strides:
         return None
     dtypes = tuple(None if t is None else t.dtype for t in (dy, dz, z, weight, row_scale))
     return _backward_of(
         target_of(z.device), z.device, z.shape, strides, dtypes, threshold, keep_scale, offset, rms, seed is not None,
-        wanted,
+        wanted, summed,
     )  # fmt: skip
 
 
@@ -254,6 +282,7 @@ def _backward_of(
     rms: bool,
     dropped: bool,
     wanted: tuple[torch.dtype | None, ...],
+    summed: bool,
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
     input_dtype, residual_dtype, weight_dtype, bias_dtype = wanted
@@ -273,7 +302,7 @@ def _backward_of(
     else:
         constants = (*numbers, dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
         walk = Bound(_backward_tile, (programs,), constants, shape_of_program(aim, block_m * block_n, 8, 128))
-    total = sum_partials(aim, device, len(sums) * programs, n, sums) if sums else None
+    total = sum_partials(aim, device, len(sums) * programs, n, sums) if sums and summed else None
 
     def run(
         dy: Tensor,
@@ -289,10 +318,12 @@ def _backward_of(
             dx = torch.empty_strided(shape, dense, dtype=input_dtype, device=device)
         if residual_dtype is not None:
             dr = torch.empty_strided(shape, dense, dtype=residual_dtype, device=device)
+        if not rows and not summed:
+            return dx, dr, None
         if not rows:
             empty = (None if dtype is None else torch.zeros(n, dtype=dtype, device=device) for dtype in wanted[2:])
             return dx, dr, *empty
-        if total is not None:
+        if sums:
             partial = room(len(sums) * programs, n, torch.float32, device)
         if columns is None:
             walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
@@ -300,6 +331,8 @@ def _backward_of(
             walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr)
             if partial is not None:
                 columns(dy, z, stats, partial)
+        if not summed:
+            return dx, dr, partial
         if total is None or partial is None:
             return dx, dr, None, None
         found = total(partial)

@@ -118,6 +118,7 @@ def _sum_partials(PARTIAL, FIRST, SECOND, count, N, BLOCK_P: tl.constexpr, BLOCK
 
 
 @functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def sum_partials(
     aim: Target, device: torch.device, rows: int, n: int, dtypes: tuple[torch.dtype, ...]
 ) -> Callable[[Tensor], list[Tensor]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.loss import DTYPES, Options, checked, compose, cross_entropy, row_weights
+from fastformer.ops.loss import DTYPES, checked, cross_entropy
+from fastformer.ops.loss_rows import LossOptions, compose, row_weights
 from fastformer.ops.operator import Operator, differentiate, kernels
 from fastformer.ops.validate import check_tensor
 
@@ -91,7 +92,7 @@ def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Te
 
 
 def _block_losses(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, goal: Tensor, class_weight: Tensor | None, options: Options
+    rows: Tensor, weight: Tensor, bias: Tensor | None, goal: Tensor, class_weight: Tensor | None, options: LossOptions
 ) -> Tensor:
     ignore_index, smoothing, z_loss, softcap = options
     return cross_entropy(
@@ -123,7 +124,7 @@ def _linear_forward(
     Unneeded gradients are empty. In fp16 the gradients stand in fp32 and without 1 / rows: p / rows of a large
     vocabulary is below the least fp16 number, and the loss scale that should save it comes with backward only.
     """
-    options = Options(ignore_index, smoothing, z_loss, cap)
+    options = LossOptions(ignore_index, smoothing, z_loss, cap)
     wide = torch.promote_types(rows.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=rows.device)
     scale = torch.ones((), dtype=wide, device=rows.device)
@@ -153,7 +154,7 @@ def _linear_forward(
 
 
 def _block_gradient(
-    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: Options, needed: bool
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses of a block's rows, and the gradient of logits times `scale`, which may lie over logits."""
     if backend_for(logits.device) == "triton" and logits.dtype != torch.float64:
@@ -169,7 +170,7 @@ def _block_gradient(
 
 
 def loss_reference(
-    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: Options, needed: bool
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`.
 
@@ -238,7 +239,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.mark_non_differentiable(*output[1:])
     # The inputs are for a second derivative alone.
     ctx.save_for_backward(*output[1:], *inputs[:5])
-    ctx.numbers = "mean" if inputs[5] else "sum", Options(*inputs[6:10])
+    ctx.numbers = "mean" if inputs[5] else "sum", LossOptions(*inputs[6:10])
 
 
 def _linear_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:

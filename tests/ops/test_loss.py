@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from checking import compare, fenced
 
-from fastformer.ops import linear_loss, loss, operator
+from fastformer.ops import linear_loss, loss, loss_rows, operator
 from fastformer.ops.linear_loss import linear_cross_entropy
 from fastformer.ops.loss import cross_entropy
 
@@ -284,9 +284,9 @@ def test_full_route(device, interpreting):
     if not interpreting and device.type == "cpu":
         pytest.skip("the CPU backend registers no operator")
     x, t = torch.randn(3, 20, device=device, requires_grad=True), torch.tensor([1, -100, 3], device=device)
-    torch.library.opcheck(loss._rows_op.op, (x, t, None, -100, 0.1, 0.0, 0.0))
-    for reduction in ("mean", "sum"):
-        torch.library.opcheck(loss._reduced_op.op, (x, t, None, -100, 0.1, 0.0, 0.0, reduction, torch.float32))
+    torch.library.opcheck(loss_rows.rows_op.op, (x, t, None, -100, 0.1, 0.0, 0.0))
+    for mean in (True, False):
+        torch.library.opcheck(loss_rows.reduced_op.op, (x, t, None, -100, 0.1, 0.0, 0.0, mean, torch.float32))
 
 
 def test_linear_full_route(device):
