@@ -1,6 +1,7 @@
 """What the recipes share: arguments and exit codes, data, a model and a tokenizer (a checkpoint's, or new ones)."""
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,9 @@ from fastformer.demo.errors import UserError
 from fastformer.integrations.transformers import FastTokenizer, PackedCollator
 
 PAD, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+# Trainer imports torchao where there is one, which warns of libraries for other machines and of PyTorch's future.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 HELD_OUT = 0.15  # of a single file, where there is none for validation
 
 
@@ -39,7 +43,7 @@ def arguments(name: str, doc: str | None, without: Sequence[str] = (), **default
     add("--patch", action=argparse.BooleanOptionalAction, default=True, help="fastformer or stock, to compare")
     add("--output", type=Path, default=Path(f"{name}-output"), metavar="FOLDER", help=f"(default: {name}-output/)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, of an interrupted run")
-    add("--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 1e-3 for a new one)")
+    add("--learning-rate", type=learning_rate, metavar="X", help="(default: 5e-5 with --model, 5e-4 for a new one)")
     add("--dropout", type=float, default=0.1, metavar="P", help="of a new model (default: 0.1)")
     counts = {
         "epochs": (3, "passes over the data"),

@@ -22,7 +22,7 @@ from fastformer.demo.report import atomically
 
 LOG_EVERY = 25  # steps; so often the device is waited for and the loss looked at
 WARMUP = 0.1  # share of the steps over which the learning rate climbs
-NEW_MODEL_RATE, CHECKPOINT_RATE = 1e-3, 5e-5
+NEW_MODEL_RATE, CHECKPOINT_RATE = 5e-4, 5e-5
 
 
 def real_tokens(batch: dict[str, Any]) -> Tensor:
@@ -136,7 +136,7 @@ class Trainer(transformers.Trainer):
         self.recipe, self.clock, self.watch, self.steps_before = args, Clock(), LossWatch(), 0
         self._tokens: Tensor | int = 0
         cuda = torch.cuda.is_available()
-        steps = args.epochs * math.ceil(len(train) / args.batch_size)
+        steps = settings.get("max_steps") or args.epochs * math.ceil(len(train) / args.batch_size)
         when = (
             {"save_strategy": "steps", "save_steps": args.save_every} if args.save_every else {"save_strategy": "epoch"}
         )
@@ -145,7 +145,7 @@ class Trainer(transformers.Trainer):
             transformers.TrainingArguments(
                 **{
                     "output_dir": str(self.checkpoints(args)),
-                    "num_train_epochs": args.epochs,
+                    **({} if "max_steps" in settings else {"num_train_epochs": args.epochs}),
                     "per_device_train_batch_size": args.batch_size,
                     "per_device_eval_batch_size": 2 * args.batch_size,
                     "learning_rate": args.learning_rate or (CHECKPOINT_RATE if args.model else NEW_MODEL_RATE),

@@ -4,30 +4,42 @@
     python examples/translation.py --data FOLDER --no-patch  # the same with stock torch.nn, for comparison
 
 The tokenizer is learned from the training text. The model is a plain torch.nn.Transformer; one line, ff.patch, takes
-the padding out of both halves and lets the decoder keep its keys and values between steps.
+the padding out of both halves and lets the decoder keep its keys and values between steps. Weights, tokenizer,
+translations and result.json go to --output.
 """
 
 import argparse
-import gzip
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import recipe
 import sacrebleu
 import torch
 import torch.nn.functional as F
+from recipe_trainer import LOG_EVERY, Clock, LossWatch, finish
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import fastformer as ff
+from fastformer.cli import Parser, learning_rate, whole_number
+from fastformer.demo.data import read_text
+from fastformer.demo.errors import UserError
+from fastformer.demo.memory import default_device
+from fastformer.demo.report import atomically, output_folder
 
 PAD, START, END = "<pad>", "<s>", "</s>"
+LONGEST = 256  # tokens a side; the rest of a longer one is cut off
 causal_mask = torch.nn.Transformer.generate_square_subsequent_mask
 
 
 class Translator(torch.nn.Module):
-    def __init__(self, vocab_size: int, size: int, layers: int, dropout: float, longest: int = 256) -> None:
+    def __init__(self, vocab_size: int, size: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(vocab_size, size)
-        self.positions = torch.nn.Embedding(longest, size)
+        self.positions = torch.nn.Embedding(LONGEST, size)
         self.dropout = torch.nn.Dropout(dropout)
         shape = (size, size // 64, layers, layers, 4 * size, dropout, "gelu")
         self.transformer = torch.nn.Transformer(*shape, batch_first=True, norm_first=True)
@@ -88,66 +100,94 @@ class Translator(torch.nn.Module):
         return tok.decode_batch([[i for i in row if i not in (pad, start, end)] for row in target[::beams].tolist()])
 
 
-def read(path: Path) -> list[str]:
-    data = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
-    return data.decode().splitlines()
+def read(folder: Path, name: str) -> tuple[list[str], list[str]]:
+    """The English and the German lines. Raises UserError for a missing file, or sides of unequal length."""
+    paths = [path if (path := folder / f"{name}.{side}").exists() else Path(f"{path}.gz") for side in ("en", "de")]
+    # Not splitlines, which also breaks at characters that text files have within lines.
+    sides = [read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n") for path in paths]
+    counts = [len(lines) for lines in sides]
+    if counts[0] != counts[1]:
+        raise UserError(f"{paths[0]} has {counts[0]:,} lines and {paths[1]} {counts[1]:,}; a pair needs one of each")
+    return sides[0], sides[1]
 
 
 def encode(tok: ff.BPETokenizer, texts: list[str]) -> list[torch.Tensor]:
-    start, end = tok.token_to_id(START), tok.token_to_id(END)
-    return [torch.tensor([start, *ids, end]) for ids in tok.encode_batch(texts)]
+    start, end, most = tok.token_to_id(START), tok.token_to_id(END), LONGEST - 2
+    return [torch.tensor([start, *ids[:most], end]) for ids in tok.encode_batch(texts)]
 
 
-def train(model: Translator, pairs: list, options: argparse.Namespace, device: torch.device) -> list[float]:
-    """Losses of the steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98))
-    warmup, steps = max(1, min(400, options.steps // 5)), options.steps
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warmup, 1 - n / steps))
-    losses: list[float] = []
-    batches = torch.cat([torch.randperm(len(pairs)) for _ in range(steps * options.batch // len(pairs) + 1)])
-    for step, chosen in enumerate(batches.split(options.batch)[:steps], 1):
-        sides = zip(*(pairs[i] for i in chosen.tolist()), strict=True)
-        loss = model.loss(*(pad_sequence(side, True, options.pad).to(device) for side in sides), options.pad)
+def train(model: Translator, pairs: list, args: argparse.Namespace, pad: int) -> tuple[int, Clock, LossWatch]:
+    """How many tokens were trained on, in what time, with which losses. Raises Diverged where they are no numbers."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    warmup, device = max(1, min(400, args.steps // 5)), next(model.parameters()).device
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warmup, 1 - n / args.steps))
+    tokens, clock, watch = 0, Clock(), LossWatch()
+    batches = torch.cat([torch.randperm(len(pairs)) for _ in range(args.steps * args.batch_size // len(pairs) + 1)])
+    bar = tqdm(batches.split(args.batch_size)[: args.steps], unit="step", mininterval=1)
+    clock.start()
+    for step, chosen in enumerate(bar, 1):
+        sides = list(zip(*(pairs[i] for i in chosen.tolist()), strict=True))
+        tokens += sum(len(ids) for side in sides for ids in side)
+        loss = model.loss(*(pad_sequence(side, True, pad).to(device) for side in sides), pad)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rate.step()
-        losses.append(loss.item())
-        if step % 100 == 0 or step == steps:
-            print(f"step {step:>5}  loss {losses[-1]:.4f}", flush=True)
-    return losses
+        watch.see(loss)
+        if step % LOG_EVERY == 0 or step == args.steps:
+            watch.check(model)
+            bar.set_postfix(loss=f"{watch.losses[-1]:.3f}")
+    clock.stop()
+    return tokens, clock, watch
 
 
-def main(arguments: list[str] | None = None) -> tuple[list[float], list[list[str]]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train and val in .en and .de (or .gz)")
-    parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--beams", type=int, nargs="*", default=[1, 4], help="default 1 (greedy) and 4")
-    numbers = {"steps": 3000, "batch": 64, "vocab": 6000, "size": 256, "layers": 3}
-    for name, default in {**numbers, "dropout": 0.1, "lr": 1e-3}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
-    options = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, whole = parser.add_argument, whole_number(1, 2**31)
+    add("--data", type=Path, required=True, metavar="FOLDER", help="with train and val in .en and .de (or .gz)")
+    add("--output", type=Path, default=Path("translation-output"), metavar="FOLDER")
+    add("--patch", action=argparse.BooleanOptionalAction, default=True, help="fastformer or stock, to compare")
+    add("--beams", type=whole, nargs="*", default=[1, 4], metavar="N", help="(default: 1, which is greedy, and 4)")
+    add("--learning-rate", type=learning_rate, default=1e-3, metavar="X", help="(default: 1e-3)")
+    add("--dropout", type=float, default=0.1, metavar="P", help="(default: 0.1)")
+    numbers = {"steps": 3000, "batch_size": 64, "vocab_size": 6000, "width": 256, "layers": 3}
+    for name, default in numbers.items():
+        add(f"--{name.replace('_', '-')}", type=whole, default=default, metavar="N", help=f"(default: {default})")
+    parser.set_defaults(recipe="translation")
+    args = parser.parse_args(argv)
+    if args.width % 64 or not 0 <= args.dropout < 1:
+        raise UserError(f"--width must be a multiple of 64 and 0 <= --dropout < 1, got {args.width}, {args.dropout}")
 
-    english, german = (read(options.data / f"train.{side}") for side in ("en", "de"))
-    tok = ff.BPETokenizer.train(english + german, options.vocab, special_tokens=[PAD, START, END])
-    options.pad = tok.token_to_id(PAD)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Translator(len(tok), options.size, options.layers, options.dropout).to(device)
-    if options.patch:
-        print(ff.patch(model))
-    losses = train(model, list(zip(encode(tok, english), encode(tok, german), strict=True)), options, device)
+    english, german = read(args.data, "train")
+    sources, references = read(args.data, "val")
+    with output_folder(args.output):
+        try:
+            tok = ff.BPETokenizer.train(english + german, args.vocab_size, special_tokens=[PAD, START, END])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        pad = tok.token_to_id(PAD)
+        torch.manual_seed(0)
+        device = default_device()
+        model = Translator(len(tok), args.width, args.layers, args.dropout).to(device)
+        recipe.patch(model, args)
+        pairs = list(zip(encode(tok, english), encode(tok, german), strict=True))
+        tokens, clock, watch = train(model, pairs, args, pad)
+        atomically(args.output / "model.pt", lambda path: torch.save(model.state_dict(), path))
+        tok.save(args.output)
 
-    model, found = model.eval(), []
-    sources, references = (read(options.data / f"val.{side}") for side in ("en", "de"))
-    ids = encode(tok, sources)
-    parts = [pad_sequence(ids[i : i + 50], True, options.pad).to(device) for i in range(0, len(ids), 50)]
-    for beams in options.beams:
-        found.append([text for part in parts for text in model.translate(part, tok, beams)])
-        print("\n".join(f"  {a} → {b}" for a, b in zip(sources[:3], found[-1], strict=False)))
-        print(f"{beams} beams: {sacrebleu.corpus_bleu(found[-1], [references])}")
-    return losses, found
+        model, bleu = model.eval(), {}
+        ids = encode(tok, sources)
+        parts = [pad_sequence(ids[i : i + 50], True, pad).to(device) for i in range(0, len(ids), 50)]
+        for beams in args.beams:
+            found = [text for part in tqdm(parts, leave=False) for text in model.translate(part, tok, beams)]
+            (args.output / f"beams-{beams}.de").write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+            score = sacrebleu.corpus_bleu(found, [references])
+            bleu[beams] = score.score
+            print("\n".join(f"  {a} → {b}" for a, b in zip(sources[:3], found, strict=False)))
+            print(f"{beams} beams: {score}")
+        metric, value = ("BLEU", max(bleu.values())) if bleu else ("loss", watch.losses[-1])
+        return finish(args, metric, value, tokens, clock, watch.losses, bleu=bleu)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(recipe.run(main))

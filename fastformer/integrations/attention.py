@@ -13,7 +13,6 @@ An argument that is neither understood nor known to be without effect raises: ig
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ from fastformer.integrations.plan import (
     packing_from_positions,
     plan_in,
 )
+from fastformer.integrations.scoped import Scoped
 from fastformer.nn.counters import count_fused
 from fastformer.ops.packing import Packing
 
 NAME = "fastformer"
 # Set around a base model's forward whose own code keeps output_attentions from its attention modules (GPT-2).
-WANTS_WEIGHTS: ContextVar[bool] = ContextVar("fastformer_wants_weights", default=False)
+WANTS_WEIGHTS: Scoped[bool] = Scoped("fastformer_wants_weights", False)
 
 # Bookkeeping of transformers that says nothing about which keys a query may see.
 _WITHOUT_EFFECT = frozenset(
@@ -223,7 +223,15 @@ def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: 
 def _biased(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, bias: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Packed rows with a bias of the padded batch's shape [1, heads, seqlen, seqlen]: padded for attention only."""
+    """Packed rows with a bias [1, heads, seqlen, seqlen] by the distance between two places of the padded batch."""
+    if bias.shape[-1] not in (1, packing.seqlen):
+        raise ValueError(f"position_bias must be for {packing.seqlen} places of a packed batch, got {bias.shape[-1]}")
+    if packing.contiguous:
+        # Distances within a sequence are the same wherever in its row it stands.
+        q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
+        longest = packing.max_seqlen
+        mask = bias[..., :longest, :longest].to(query.dtype)
+        return _packed(q, k, v, packing, {**options, "attn_mask": mask})[None]
     q, k, v = (packing.pad(t.transpose(1, 2).squeeze(0)).transpose(1, 2) for t in (query, key, value))
     mask = bias.to(query.dtype).masked_fill(~packing.places()[:, None, None, :], -torch.inf)
     out = attend(q, k, v, attn_mask=mask, **options)

@@ -1,18 +1,11 @@
-"""Decoding through a cache, and the translation recipe: stock and patched on the same sentences."""
-
-import copy
-import importlib.util
-import random
-from pathlib import Path
+"""Decoding through a cache of keys and values."""
 
 import pytest
 import torch
 from nn_pairs import shake
 
-import fastformer as ff
 import fastformer.nn as fnn
 
-RECIPE = Path(__file__).parents[2] / "examples" / "translation.py"
 B, S, T, E, H = 3, 7, 6, 16, 2
 PADDED = torch.arange(S) >= torch.tensor([7, 3, 5])[:, None]
 
@@ -98,64 +91,3 @@ def test_what_a_cache_cannot_do_is_refused():
     model.layers[0].norm1.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="norm1 is hooked"):
         model(tgt, memory, cache=fnn.KVCache())
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    pytest.importorskip("sacrebleu")
-    spec = importlib.util.spec_from_file_location("translation", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_toy(folder):
-    """Sentences of a language whose translation is word by word, in the other order."""
-    words = {"red": "rot", "green": "gruen", "dog": "hund", "cat": "katze", "runs": "rennt", "sleeps": "schlaeft"}
-    rng = random.Random(0)
-    for name, count in (("train", 200), ("val", 6)):
-        lines = [[rng.choice(list(words)) for _ in range(rng.randint(1, 6))] for _ in range(count)]
-        folder.joinpath(f"{name}.en").write_text("\n".join(map(" ".join, lines)))
-        folder.joinpath(f"{name}.de").write_text("\n".join(" ".join(words[w] for w in line[::-1]) for line in lines))
-
-
-SMALL = ["--size", "64", "--layers", "1", "--vocab", "300", "--batch", "16", "--dropout", "0", "--steps", "25"]
-
-
-def test_recipe_stock_and_patched(recipe, tmp_path, capsys):
-    write_toy(tmp_path)
-    runs = []
-    for patch in ("--patch", "--no-patch"):
-        fnn.reset_count()
-        runs.append(recipe.main(["--data", str(tmp_path), *SMALL, patch, "--beams", "1", "3"]))
-        assert bool(fnn.count().fused["TransformerDecoder"]) == (patch == "--patch")
-        assert not fnn.count().fallback
-    (losses, translations), (stock_losses, stock_translations) = runs
-    assert max(abs(a - b) for a, b in zip(losses, stock_losses, strict=True)) < 1e-4
-    assert losses[-1] < losses[0] - 1
-    assert [len(found) for found in translations] == [6, 6]
-    assert translations == stock_translations
-    assert capsys.readouterr().out.count("beams: BLEU = ") == 4
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_beams_through_the_cache_are_beams_without(recipe, beams):
-    tok = ff.BPETokenizer.train(["a b c d e f g h"] * 3, 270, special_tokens=["<pad>", "<s>", "</s>"])
-    torch.manual_seed(0)
-    model = recipe.Translator(len(tok), 64, 2, 0.0).eval()
-    patched = copy.deepcopy(model)
-    ff.patch(patched)
-    source = torch.nn.utils.rnn.pad_sequence(
-        recipe.encode(tok, ["a b c", "d", "e f g h a b"]), True, tok.token_to_id("<pad>")
-    )
-    assert patched.translate(source, tok, beams, 12) == model.translate(source, tok, beams, 12)
-
-
-def test_losses_on_real_sentences(recipe, data_dir):
-    """Sentence pairs of Multi30K: the same losses, stock and patched, for a fixed number of steps."""
-    folder = data_dir / "multi30k"
-    if not folder.is_dir():
-        pytest.skip(f"no multi30k in {data_dir}")
-    arguments = ["--data", str(folder), *SMALL, "--vocab", "2000", "--beams", "--steps", "20"]
-    runs = [recipe.main([*arguments, patch])[0] for patch in ("--patch", "--no-patch")]
-    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-4
