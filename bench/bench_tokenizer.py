@@ -3,7 +3,7 @@
     python bench/bench_tokenizer.py --data FOLDER [--peers-python PYTHON] [--rounds 3] [--write]
 
 FOLDER holds vocab/ (rank files cl100k_base.tiktoken, o200k_base.tiktoken, r50k_base.tiktoken; for tokenizers the same
-names with .tokenizer.json or .tokenizer.json.xz) and text/ (*.txt.xz and short_strings.json.xz). PYTHON is an interpreter
+names with .tokenizer.json or .tokenizer.json.xz) and text/ (*.txt.xz, short_strings.json.xz). PYTHON is an interpreter
 that has the peers installed (tiktoken, gigatoken, fastokens, splintr-rs, wordchipper, bpe-openai, tokenizers); peers
 that it lacks have a dash. Times are CPU time of the process (user and system), the best of the rounds, and rounds of
 different libraries alternate, so that a busy machine slows all of them alike. --write puts the table, row by row, into
