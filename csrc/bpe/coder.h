@@ -8,6 +8,11 @@
 namespace fastformer::bpe::FASTFORMER_ISA {
 
 #if !defined(FASTFORMER_ISA_PROBE)
+// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
+inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t readable) {
+    return n <= ShortCache::Key::kBytes ? ShortCache::Key::of(p, n, readable) : ShortCache::Key::none();
+}
+
 // The ids beside the key in a line of two entries, or null. Which of the two it is nobody can predict, whether it is one
 // of them nearly always.
 inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
@@ -46,7 +51,7 @@ class Coder final : public Encoder {
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
         ShortCache::Key keys[kBatch];
-        uint64_t hashes[kBatch];
+        const ShortCache::Entry* lines[kBatch];  // where the short cache may have them; until it is written to
         Slot slots[kBatch];
         uint32_t long_ones[kBatch + 1], misses[kBatch];
         Lanes::Job jobs[kBatch];
@@ -262,19 +267,18 @@ inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
         size_t at = batch.stops[i], length = batch.stops[i + 1] - at;
         batch.long_ones[longs] = static_cast<uint32_t>(i);
         longs += length > ShortCache::Key::kBytes;
-        ShortCache::Key key = length <= ShortCache::Key::kBytes ? ShortCache::Key::of(text + at, length, n - at)
-                                                                : ShortCache::Key::none();
-        uint64_t hash = key.hash();
+        ShortCache::Key key = short_key(text + at, length, n - at);
+        const ShortCache::Entry* line = short_.line(key.hash());
         batch.keys[i] = key;
-        batch.hashes[i] = hash;
-        short_.prefetch(hash);
+        batch.lines[i] = line;
+        fetch(line);
     }
     for (size_t k = 0; k < longs; k++) {
         size_t i = batch.long_ones[k], at = batch.stops[i], length = batch.stops[i + 1] - at;
         if (length <= MiddleCache::Key::kBytes)
-            middle_.prefetch(batch.hashes[i] = MiddleCache::Key::of(text + at, length, n - at).hash());
+            middle_.prefetch(MiddleCache::Key::of(text + at, length, n - at).hash());
         else if (length <= LongCache::Key::kBytes)
-            long_.prefetch(batch.hashes[i] = LongCache::Key::of(text + at, length, n - at).hash());
+            long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
     }
     batch.longs = longs;
 }
@@ -302,7 +306,7 @@ inline size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t 
     size_t i = 0, before = out.size();
     for (; i < batch.size; i++) {
         if (marks) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
-        const uint32_t* ids = probe(short_.line(batch.hashes[i]), batch.keys[i]);
+        const uint32_t* ids = probe(batch.lines[i], batch.keys[i]);
         if (ids) [[likely]] {
             uint32_t head = ids[0];
             std::memcpy(to, ids, sizeof(Slot));  // all of them, whatever their count
@@ -326,7 +330,7 @@ inline void Coder::find_rest(Batch& batch, size_t from, const uint8_t* text, siz
     size_t missed = 0;
     spill_.resize(0);
     for (size_t i = from; i < batch.size; i++) {
-        if (const uint32_t* ids = probe(short_.line(batch.hashes[i]), batch.keys[i])) {
+        if (const uint32_t* ids = probe(batch.lines[i], batch.keys[i])) {
             std::memcpy(&batch.slots[i], ids, sizeof(Slot));
         } else if ((ids = find(batch, i, text, n))) {
             size_t count = (ids[0] >> kCountShift) + 1;
@@ -373,7 +377,7 @@ inline void Coder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n,
         spill(batch.slots[i], ids, count);
     }
     if (length <= ShortCache::Key::kBytes && count <= ShortCache::kIds) {
-        short_.store(batch.keys[i], batch.hashes[i], ids, count);
+        short_.store(batch.keys[i], batch.keys[i].hash(), ids, count);
     } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
         MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
         middle_.store(key, key.hash(), ids, count);

@@ -79,6 +79,16 @@ inline uint32_t* places(uint64_t bits, uint32_t base, uint32_t* to) {
 
 namespace fastformer::bpe::avx512 {
 
+// The key of the n bytes at p; of more than fit, one that no entry has. No byte behind them is read.
+inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t) {
+    constexpr size_t kLast = ShortCache::Key::kBytes;
+    __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(_bzhi_u32(0xFFFF, static_cast<uint32_t>(n))), p);
+    bytes = _mm_mask_set1_epi8(bytes, __mmask16{1} << kLast, static_cast<char>(n <= kLast ? n : 255));
+    ShortCache::Key key;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&key), bytes);
+    return key;
+}
+
 // The ids beside the key in a line of two entries, or null: one comparison for the line.
 inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
     static_assert(sizeof *line == 32 && offsetof(ShortCache::Entry, ids) == 16);
