@@ -138,7 +138,7 @@ def _as_packed(query: Tensor, key: Tensor, value: Tensor, options: Options, attn
     batch, _, q_len, _ = query.shape
     k_len = key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    ends_q, ends_k = (torch.arange(0, (batch + 1) * n, n, dtype=torch.int32) for n in (q_len, k_len))
+    ends_q, ends_k = (n * torch.arange(batch + 1, dtype=torch.int32) for n in (q_len, k_len))
     out = attend_on_cpu(q, k, v, ends_q, ends_k, options, attn_mask, (q_len, k_len))
     return out.unflatten(0, (batch, q_len)).transpose(1, 2)
 
