@@ -90,10 +90,29 @@ def _loss_forward(
 
 
 @launcher
+@triton.jit(do_not_specialize=["rows"])
+def _reduce(LOSS, WEIGHT, OUT, TOTAL, rows, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the sum of rows' losses, divided by the sum of their weights for the mean."""
+    loss = tl.zeros([BLOCK], tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        loss += tl.load(LOSS + row, mask=row < rows, other=0.0)
+        if MEAN:
+            weight += tl.load(WEIGHT + row, mask=row < rows, other=0.0)
+    found = tl.sum(loss, 0)
+    if MEAN:
+        total = tl.sum(weight, 0)
+        tl.store(TOTAL, total)
+        found /= total
+    tl.store(OUT, found.to(OUT.dtype.element_ty))
+
+
+@launcher
 @triton.jit(do_not_specialize=["ignore"])
 def _loss_backward(
-    DLOSS, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss, cap,
-    V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    DLOSS, TOTAL, X, TARGET, W, WEIGHTS, WEIGHT, LSE, DX, x_stride, dx_stride, dloss_stride, ignore, smoothing, z_loss,
+    cap, V: tl.constexpr, SMOOTH: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns (grid axis 1) of one row (axis 0) a program; DX may be X."""
     row = tl.program_id(0).to(tl.int64)
@@ -105,6 +124,8 @@ def _loss_backward(
     tail = tl.load(LSE + row * 2 + 1)
     lse = top + tail
     dloss = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
+    if TOTAL is not None:
+        dloss /= tl.load(TOTAL)
     x, slope = _load_logits(X, row, x_stride, column, valid, float("-inf"), cap, CAPPED)
     p = tl.exp((x - top) - tail)
     dx = (1.0 - smoothing + 2.0 * z_loss * lse) * weight * p
@@ -151,6 +172,21 @@ def cross_entropy_forward(
     return loss, weights, lse
 
 
+def reduce_losses(loss: Tensor, weights: Tensor, mean: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Launch the reduction.
+
+    Args:
+        loss, weights: fp32 (R,), contiguous, as the forward kernel leaves them.
+
+    Returns:
+        the sum or mean of loss, () in out_dtype, and for the mean the fp32 () sum of weights.
+    """
+    out = torch.empty((), dtype=out_dtype, device=loss.device)
+    total = torch.empty((), dtype=torch.float32, device=loss.device) if mean else None
+    _reduce[(1,)](loss, weights, out, total, loss.shape[0], mean, 1024, num_warps=4)
+    return out, total
+
+
 def cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,
@@ -163,12 +199,14 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: float,
     in_place: bool,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Launch the backward kernel.
 
     Args:
         dloss: (R,) gradient of every row's loss, any stride; row_weight, lse: from forward; others as in forward.
         in_place: write the gradient over logits, which then must have unit stride in the last dimension.
+        total: fp32 () that the gradient is divided by, or None.
 
     Returns:
         (R, V) gradient of logits in their dtype.
@@ -180,7 +218,7 @@ def cross_entropy_backward(
         block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
         weights = weight.float().sum() if weight is not None and label_smoothing > 0 else None
         _loss_backward[(rows, cdiv(v, block))](
-            dloss, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
+            dloss, total, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
             ignore_index, label_smoothing, z_loss, softcap,
             v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 8, 64),
         )  # fmt: skip

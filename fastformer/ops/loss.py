@@ -8,7 +8,7 @@ them. So one block's logits are the most there is at any time (the idea of Liger
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.loss_rows import LossOptions, compose, reduced_op, row_weights, rows_op
+from fastformer.ops.operator import Operator, kernels
 from fastformer.ops.validate import FLOATS, check_tensor
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -26,15 +27,6 @@ _REDUCTIONS = ("mean", "sum", "none")
 BLOCK_BYTES = 2**28
 # What the logits' gradient is multiplied by in fp16: p - 1 stays far below 65504, p of a rare class above 6e-8.
 HALF_UNIT = 256.0
-
-
-class _Options(NamedTuple):
-    """What shapes a row's loss, in the order the registered operators take it."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
 
 
 def cross_entropy(
@@ -72,13 +64,12 @@ def cross_entropy(
     out_dtype = torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
     rows, goal = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if backend_for(logits.device) == "torch" or logits.dtype == torch.float64 or logits.shape[-1] == 0:
-        return _compose(rows, goal, weight, reduction, options, target.shape)
+        return compose(rows, goal, weight, reduction, options, target.shape)
     weight = None if weight is None else weight.contiguous()
-    loss, row_weight = _rows_op(rows, goal.contiguous(), weight, *options)
     if reduction == "none":
+        loss, _ = rows_op(rows, goal.contiguous(), weight, *options)
         return loss.reshape(target.shape).to(out_dtype)
-    loss = loss.sum()
-    return (loss / row_weight.sum() if reduction == "mean" else loss).to(out_dtype)
+    return reduced_op(rows, goal.contiguous(), weight, *options, reduction == "mean", out_dtype)
 
 
 def linear_cross_entropy(
@@ -147,7 +138,7 @@ def _checked(
     name: str,
     value: Tensor,
     target: Tensor,
-) -> _Options:
+) -> LossOptions:
     """Validate what the two losses share."""
     check_tensor(name, value, dtypes=_DTYPES)
     if value.ndim == 0:
@@ -163,38 +154,7 @@ def _checked(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if weight is not None and weight.requires_grad:
         raise ValueError("the class weights take no gradient; detach them, got requires_grad=True")
-    return _Options(ignore_index, label_smoothing, z_loss, softcap or 0.0)
-
-
-def _compose(
-    logits: Tensor, goal: Tensor, weight: Tensor | None, reduction: str, options: _Options, shape: torch.Size
-) -> Tensor:
-    """PyTorch's own cross-entropy, with what it lacks around it; logits (R, V), goal (R,)."""
-    ignore_index, smoothing, z_loss, softcap = options
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    weight = None if weight is None else weight.to(logits.dtype)
-    loss = F.cross_entropy(
-        logits, goal, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
-    )
-    if z_loss:
-        row_weight = row_weights(goal, weight, ignore_index)
-        # Not 0 * lse^2: an ignored row may hold anything.
-        lse = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).where(row_weight != 0, 0.0)
-        extra = z_loss * row_weight * lse.square()
-        if reduction != "none":
-            extra = extra.sum() / (row_weight.sum() if reduction == "mean" else 1)
-        loss = loss + extra.to(loss.dtype)
-    return loss.reshape(shape) if reduction == "none" else loss
-
-
-def row_weights(goal: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Weight of each row's target, 0 where it is ignored: (R,) in weight's dtype, or fp32."""
-    kept = goal != ignore_index
-    if weight is None:
-        return kept.float()
-    # Clamped: an index out of range would end the process's use of the GPU; the loss of such a row is NaN anyway.
-    return torch.where(kept, weight[goal.where(kept, 0).clamp(0, len(weight) - 1)], 0.0)
+    return LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
 
 
 def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -207,73 +167,13 @@ def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Te
 
 
 def _block_losses(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, goal: Tensor, class_weight: Tensor | None, options: _Options
+    rows: Tensor, weight: Tensor, bias: Tensor | None, goal: Tensor, class_weight: Tensor | None, options: LossOptions
 ) -> Tensor:
     ignore_index, smoothing, z_loss, softcap = options
     return cross_entropy(
         F.linear(rows, weight, bias), goal, class_weight, ignore_index, "none", smoothing,
         z_loss=z_loss, softcap=softcap or None,
     )  # fmt: skip
-
-
-# The rows' losses: an operator from logits to fp32 losses.
-
-
-def _rows_forward(
-    logits: Tensor, goal: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, z_loss: float, cap: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels("loss").cross_entropy_forward(logits, goal, weight, ignore_index, smoothing, z_loss, cap)
-
-
-def _rows_fake(logits, goal, weight, ignore_index, smoothing, z_loss, cap):
-    rows = logits.shape[0]
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, (rows, 2)))
-
-
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, goal, weight, *options = inputs
-    _, row_weight, lse = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_weight)
-    ctx.save_for_backward(logits, goal, weight, row_weight, lse)
-    ctx.options = options
-
-
-def _rows_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
-    gradient = None if dloss is None else _rows_gradient(dloss, *ctx.saved_tensors, *ctx.options)
-    return gradient, None, None, None, None, None, None
-
-
-def _rows_second(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
-    logits, goal, weight, _weights, _lse = ctx.saved_tensors
-    options = _Options(*ctx.options)
-
-    def reference(logits: Tensor) -> Tensor:
-        return _compose(logits.float(), goal, weight, "none", options, goal.shape)
-
-    return *differentiate("cross_entropy", reference, (logits,), (dloss,)), None, None, None, None, None, None
-
-
-def _run_rows_gradient(
-    dloss: Tensor,
-    logits: Tensor,
-    goal: Tensor,
-    weight: Tensor | None,
-    row_weight: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    z_loss: float,
-    cap: float,
-) -> Tensor:
-    options = (ignore_index, smoothing, z_loss, cap)
-    return kernels("loss").cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False)
-
-
-_rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward, _rows_second, visible=2)
-_rows_gradient = Kernel(
-    "cross_entropy_backward", _run_rows_gradient, lambda dloss, logits, *_: logits.new_empty(logits.shape)
-)
 
 
 # The linear layer and its loss: an operator whose forward computes the gradients.
@@ -299,7 +199,7 @@ def _linear_forward(
     Unneeded gradients are empty. In fp16 the gradients stand in fp32 and without 1 / rows: p / rows of a large
     vocabulary is below the least fp16 number, and the loss scale that should save it comes with backward only.
     """
-    options = _Options(ignore_index, smoothing, z_loss, cap)
+    options = LossOptions(ignore_index, smoothing, z_loss, cap)
     wide = torch.promote_types(rows.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=rows.device)
     scale = torch.ones((), dtype=wide, device=rows.device)
@@ -329,7 +229,7 @@ def _linear_forward(
 
 
 def _block_gradient(
-    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: _Options, needed: bool
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses of a block's rows, and the gradient of logits times `scale`, which may lie over logits."""
     if backend_for(logits.device) == "triton" and logits.dtype != torch.float64:
@@ -345,7 +245,7 @@ def _block_gradient(
 
 
 def loss_reference(
-    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: _Options, needed: bool
+    logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`.
 

@@ -11,18 +11,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.operator import Kernel, Kind, Kinds, Operator, differentiate, is_plain, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
+_kinds = Kinds()
+
+
+class _Numbers(NamedTuple):
+    """What backward needs to know beside tensors; dtypes of input, residual, weight and bias."""
+
+    p: float
+    eps: float
+    offset: float
+    rms: bool
+    out_dtype: torch.dtype
+    dtypes: tuple[torch.dtype | None, ...]
 
 
 def layer_norm(
@@ -165,6 +178,31 @@ def _norm(
     want_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """The four functions in one: (normed, sum); the sum is meaningful only if `want_sum`."""
+    numbers = (p, eps, offset, rms, sum_dtype, out_dtype, want_sum)
+    key, known = _kinds.find(numbers, input, residual, weight, bias, row_scale, seed)
+    if known is None:
+        return _norm_anew(key, (input, residual, weight, bias, row_scale, seed), *numbers)
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    found = known(input, residual, weight, bias, row_scale, seed)
+    return found if type(found) is tuple else (found, input)
+
+
+def _norm_anew(
+    key: Any,
+    given: tuple[Any, ...],
+    p: float,
+    eps: float | None,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """Check, choose and run; what was chosen is kept under `key` where later calls can take the same way."""
+    input, residual, weight, bias, row_scale, seed = given
     _check(input, residual, weight, bias, row_scale, seed)
     if sum_dtype is None:
         sum_dtype = input.dtype
@@ -187,13 +225,43 @@ def _norm(
         seed = None
     elif seed is None:
         seed = draw_seed(device)
-    arguments = (
-        input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed, p, eps, offset, rms,
-        sum_dtype, out_dtype,
-    )  # fmt: skip
-    if want_sum or (residual is not None and torch.is_grad_enabled()):
-        return _add_norm_op(*arguments)
-    return _norm_op(*arguments), input
+    tensors = (input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed)
+    numbers = (p, eps, offset, rms, sum_dtype, out_dtype)
+    keep_sum = want_sum or (residual is not None and torch.is_grad_enabled())
+    copied = any(a is not b for a, b in zip(tensors[:5], given, strict=False))
+    if key is not None and not copied and is_plain(tensors):
+        run = kernels("norm").bind_forward(*tensors, *drop_numbers(p), *numbers[1:], keep_sum)
+        if run is not None:
+            # A second derivative takes its way through the sum, which is a result for its sake.
+            kind = Kind(_norm_op, run, tensors, _numbers(*tensors, *numbers), 2 if keep_sum else 1)
+            found = _kinds.keep(key, kind)(*tensors)
+            return found if keep_sum else (found, input)
+    if keep_sum:
+        return _add_norm_op(*tensors, *numbers)
+    return _norm_op(*tensors, *numbers), input
+
+
+def _bind(
+    numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    dy, dz = grads if len(grads) == 2 else (*grads, None)
+    if dy is None:
+        return None
+    total, stats, weight, _, row_scale, seed = saved
+    wanted, shared = _wanted(numbers, needs, row_scale, seed)
+    run = kernels("norm_backward").bind_backward(
+        dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(numbers.p), numbers.offset, numbers.rms, *wanted
+    )
+    if run is None:
+        return None
+
+    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        dy, dz = grads if len(grads) == 2 else (*grads, None)
+        total, stats, weight, _, row_scale, seed = saved
+        dx, dr, dw, db = run(dy, dz, total, stats, weight, row_scale, seed)
+        return dr if shared else dx, dr, dw, db, None, None
+
+    return back
 
 
 def _check(
@@ -324,17 +392,44 @@ def _forward_sum_fake(input, *rest):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, _, out_dtype = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if len(output) == 3 else input, output[-1], weight, bias, row_scale, seed)
-    ctx.numbers = p, offset, rms
-    ctx.kinds = (
-        input.dtype,
-        None if residual is None else residual.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-    )
-    ctx.again = eps, out_dtype
+    ctx.numbers = _numbers(*inputs)
+    ctx.save_for_backward(*_saved(ctx.numbers, inputs, output))
+
+
+def _numbers(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> _Numbers:
+    dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
+    return _Numbers(p, eps, offset, rms, out_dtype, dtypes)
+
+
+def _saved(numbers: _Numbers, tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """z, statistics, weight, bias, row scale, seed."""
+    input, _, weight, bias, row_scale, seed, *_ = tensors
+    kept = len(results) == 3 and results[1] is not None
+    return results[1] if kept else input, results[-1], weight, bias, row_scale, seed
+
+
+def _wanted(
+    numbers: _Numbers, needs: Sequence[bool], row_scale: Tensor | None, seed: Tensor | None
+) -> tuple[list[torch.dtype | None], bool]:
+    """Dtypes of the gradients that are needed, of input, residual, weight and bias; and whether input's is residual's:
+    without dropout or row scale both get the same tensor, as from stock's addition."""
+    dx, dr, dw, db = (dtype if need else None for dtype, need in zip(numbers.dtypes, needs, strict=False))
+    shared = dx is not None and dx == dr and seed is None and row_scale is None
+    return [None if shared else dx, dr, dw, db], shared
 
 
 _NOTHING = (None,) * 8
@@ -344,32 +439,22 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = N
     if dy is None and dz is None:
         return None, None, None, None, *_NOTHING
     total, stats, weight, _, row_scale, seed = ctx.saved_tensors
-    needs, kinds = ctx.needs_input_grad, ctx.kinds
-    dx, dr = kinds[0] if needs[0] else None, kinds[1] if needs[1] else None
-    dw, db = kinds[2] if needs[2] else None, kinds[3] if needs[3] else None
-    # Without dropout or row scale the branch and the residual get the same gradient: one tensor, as stock addition.
-    shared = dx is not None and dx == dr and seed is None and row_scale is None
+    numbers = ctx.numbers
+    wanted, shared = _wanted(numbers, ctx.needs_input_grad, row_scale, seed)
     if dy is None:
         dy = torch.zeros_like(total)
-    found = _norm_backward(
-        dy, dz, total, stats, weight, row_scale, seed, *ctx.numbers, None if shared else dx, dr, dw, db
+    found = iter(
+        _norm_backward(dy, dz, total, stats, weight, row_scale, seed, numbers.p, numbers.offset, numbers.rms, *wanted)
     )
+    gradients = [None if dtype is None else next(found) for dtype in wanted]
     if shared:
-        found.insert(0, found[0])
-    return _spread(found, dx, dr, dw, db)
-
-
-def _spread(found: list[Tensor], *wanted: torch.dtype | None) -> tuple[Any, ...]:
-    """The gradients found in the places of those wanted, and None for every other argument."""
-    if None not in wanted:
-        return *found, *_NOTHING
-    each = iter(found)
-    return *(None if dtype is None else next(each) for dtype in wanted), *_NOTHING
+        gradients[0] = gradients[1]
+    return *gradients, *_NOTHING
 
 
 def _second(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
     total, _, weight, bias, row_scale, seed = ctx.saved_tensors
-    (p, offset, rms), (eps, out_dtype), kinds = ctx.numbers, ctx.again, ctx.kinds
+    p, eps, offset, rms, out_dtype, dtypes = ctx.numbers
 
     def reference(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _affine_reference(total, weight, bias, eps, offset, rms).to(out_dtype)
@@ -381,7 +466,7 @@ def _second(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = Non
     whole = sum(parts[1:], parts[0])
     branch = whole if row_scale is None else whole * row_scale.unsqueeze(-1)
     branch = dropout(branch, p, seed)
-    return branch.to(kinds[0]), None if kinds[1] is None else whole.to(kinds[1]), dw, db, *_NOTHING
+    return branch.to(dtypes[0]), None if dtypes[1] is None else whole.to(dtypes[1]), dw, db, *_NOTHING
 
 
 def _run_backward(
@@ -400,7 +485,7 @@ def _run_backward(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    return kernels("norm").norm_backward(
+    return kernels("norm_backward").norm_backward(
         dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(p), offset, rms,
         input_dtype, residual_dtype, weight_dtype, bias_dtype,
     )  # fmt: skip
@@ -412,6 +497,8 @@ def _run_backward_fake(dy, dz, total, stats, weight, row_scale, seed, p, offset,
 
 
 # Two registrations of one function: a norm alone has a single result, which is cheaper to hand out than two.
-_norm_op = Operator("norm", _forward, _forward_fake, _setup_context, _backward, _second, visible=1)
+_norm_op = Operator(
+    "norm", _forward, _forward_fake, _setup_context, _backward, _second, visible=1, saved=_saved, bind=_bind
+)
 _add_norm_op = Operator("add_norm", _forward_sum, _forward_sum_fake, _setup_context, _backward, _second, visible=2)
 _norm_backward = Kernel("norm_backward", _run_backward, _run_backward_fake)

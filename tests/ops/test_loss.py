@@ -259,7 +259,8 @@ def test_full_route(device, interpreting):
     if not interpreting and device.type == "cpu":
         pytest.skip("the CPU backend registers no operator")
     x, t = torch.randn(3, 20, device=device, requires_grad=True), torch.tensor([1, -100, 3], device=device)
-    torch.library.opcheck(loss._rows_op.op, (x, t, None, -100, 0.1, 0.0, 0.0))
+    torch.library.opcheck(loss.rows_op.op, (x, t, None, -100, 0.1, 0.0, 0.0))
+    torch.library.opcheck(loss.reduced_op.op, (x, t, None, -100, 0.1, 0.0, 0.0, True, torch.float32))
 
 
 def test_linear_full_route(device):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from checking import compare, fenced
 
-from fastformer.ops import norm
+from fastformer.ops import norm, operator
 from fastformer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastformer.ops.random import philox_keep
 
@@ -74,13 +74,16 @@ def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
 @pytest.mark.parametrize("n", [64, 150])
 def test_walked_rows(rms, p, n, device, monkeypatch, poisoned):
     """Rows wider than a program holds; the limits are lowered so that small ones are."""
-    kernels = pytest.importorskip("fastformer.kernels.norm")
-    for limit in ("FORWARD_TILE_COLUMNS", "BACKWARD_TILE_COLUMNS", "BACKWARD_DROPOUT_COLUMNS"):
-        monkeypatch.setattr(kernels, limit, 16)
-    monkeypatch.setattr(kernels, "LOOP_COLUMNS", 64)
-    # What was derived from other limits is not to be used here, nor what is from these anywhere else.
-    for derived in ("_forward_launch", "_backward_launches"):
-        monkeypatch.setattr(kernels, derived, getattr(kernels, derived).__wrapped__)
+    limits = {"": ("FORWARD_TILE_COLUMNS",), "_backward": ("TILE_COLUMNS", "DROPOUT_TILE_COLUMNS")}
+    derived = {"": "_forward_of", "_backward": "_backward_of"}
+    monkeypatch.setattr(norm, "_kinds", operator.Kinds())
+    for part, names in limits.items():
+        kernels = pytest.importorskip(f"fastformer.kernels.norm{part}")
+        for limit in names:
+            monkeypatch.setattr(kernels, limit, 16)
+        monkeypatch.setattr(kernels, "LOOP_COLUMNS", 64)
+        # What was derived from other limits is not to be used here, nor what is from these anywhere else.
+        monkeypatch.setattr(kernels, derived[part], getattr(kernels, derived[part]).__wrapped__)
     generator = torch.Generator().manual_seed(n)
     tensors = {
         "input": fenced((9, n), torch.float16, generator, device, 3),

@@ -157,7 +157,8 @@ def pack_inputs(
         packed[name] = value
     # Stock counts places in the padded batch, which is gone.
     if packed.get("position_ids") is None:
-        packed["position_ids"] = packing.positions() + first_position
+        places = packing.positions()
+        packed["position_ids"] = places + first_position if first_position else places
     return packed
 
 

@@ -77,7 +77,13 @@ def _narrowed(packing: Packing) -> Packing:
     lengths = packing.cu_seqlens.diff().long()
     rows = torch.repeat_interleave(torch.arange(packing.batch, device=device), lengths, output_size=packing.tokens)
     places = torch.arange(packing.tokens, device=device) - packing.cu_seqlens[rows]
-    return dataclasses.replace(packing, indices=rows * packing.max_seqlen + places, seqlen=packing.max_seqlen)
+    return dataclasses.replace(
+        packing,
+        indices=rows * packing.max_seqlen + places,
+        seqlen=packing.max_seqlen,
+        inverse=None,
+        place=None,
+    )
 
 
 class T5Attention(RoutedAttention):
