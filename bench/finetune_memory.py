@@ -4,11 +4,11 @@
 
 Counts every tensor that autograd saves (`torch.autograd.graph.saved_tensors_hooks`), each storage once, parameters left
 out, for a BERT classifier of base width with its usual dropout. Layers are alike, so two sizes tell all: what one and
-two layers keep gives the twelve; and where only the shape of a batch counts, two rows and three give all of them. The
-whole is that, and 16 bytes a parameter for weight, gradient and AdamW. With `--as-gpu` the step takes a GPU's way:
-Triton's launches are stood in for, which leaves what is kept as it is, and PyTorch's dropout keeps one byte an element;
-stock is its eager attention then, since PyTorch's fused one is stood in for as a whole. On a GPU itself,
-`bench_finetune` shows the peak that PyTorch's allocator saw.
+two layers keep gives the twelve; and where only the shape of a batch counts, two rows and three give all of them (what
+is kept only up to a size is decided as for the whole batch). The whole is that, and 16 bytes a parameter for weight,
+gradient and AdamW. With `--as-gpu` the step takes a GPU's way: Triton's launches are stood in for, which leaves what is
+kept as it is, and PyTorch's dropout keeps one byte an element; stock is its eager attention then, since PyTorch's fused
+one is stood in for as a whole. On a GPU itself, `bench_finetune` shows the peak that PyTorch's allocator saw.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import os
 import random
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ import transformers
 import fastformer as ff
 from bench.bench_finetune import SIZES, VOCAB, pad, reviews
 from fastformer.launches.tracing import tracing
+from fastformer.ops import encoder_layer
 
 LAYERS = 12
 STATE_BYTES = 16
@@ -37,9 +39,10 @@ def saved_bytes(
     layers: int,
     attention_dropout: float,
     as_gpu: bool,
+    rows: int,
     batch: dict[str, torch.Tensor],
 ) -> tuple[int, int]:
-    """Bytes that one step keeps for backward, and the number of parameters."""
+    """Bytes that one step keeps for backward, and the number of parameters; `batch` stands for one of `rows` rows."""
     torch.manual_seed(0)
     settings = {**SIZES["base"], "num_hidden_layers": layers, "vocab_size": VOCAB}
     settings["attention_probs_dropout_prob"] = attention_dropout
@@ -58,7 +61,12 @@ def saved_bytes(
 
     # The graph lives until the count is read, so no storage is counted twice or reused.
     route = tracing(model) if as_gpu else contextlib.nullcontext()
-    with route, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    most = encoder_layer.MOST_KEPT * len(batch["labels"]) // rows
+    with (
+        route,
+        mock.patch.object(encoder_layer, "MOST_KEPT", most),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+    ):
         loss = model(**batch).loss
     total = sum(kept.values())
     del loss
@@ -86,8 +94,8 @@ def main() -> None:
         batch = pad(rows, arguments.max_length)
         share = batch["attention_mask"].float().mean().item()
         shape = f"batch {arguments.batch} x {arguments.max_length}, {share:.0%} real"
-        route = ", as on a GPU" if arguments.as_gpu else ""
-        print(f"\nBERT-base, {data}, {shape}, dropout 0.1, in attention {arguments.attention_dropout}{route}")
+        where = ", as on a GPU" if arguments.as_gpu else ""
+        print(f"\nBERT-base, {data}, {shape}, dropout 0.1, in attention {arguments.attention_dropout}{where}")
         rows_of_table = [("stock eager", "eager", False), ("ours", "sdpa", True)]
         if not arguments.as_gpu:
             rows_of_table.insert(1, ("stock sdpa", "sdpa", False))
@@ -97,7 +105,8 @@ def main() -> None:
             sizes = []
             for layers in (1, 2):
                 dropout = arguments.attention_dropout
-                take = functools.partial(saved_bytes, implementation, patched, layers, dropout, arguments.as_gpu)
+                route = arguments.as_gpu, arguments.batch
+                take = functools.partial(saved_bytes, implementation, patched, layers, dropout, *route)
                 if by_shape:
                     (two, parameters), (three, _) = (take({k: v[:n] for k, v in batch.items()}) for n in (2, 3))
                     sizes.append((two + (arguments.batch - 2) * (three - two), parameters))
