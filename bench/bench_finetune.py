@@ -4,12 +4,12 @@
     python -m bench.bench_finetune --family bert roberta distilbert t5 gpt2 vit --size base --compile
 
 Rows: stock eager, SDPA and torch.compile at padding="max_length"; SDPA, and compiled, padded to the longest of a batch;
-SDPA grouped by length (which biases what meets in a batch); ours on the ordinarily padded batch, ours compiled, ours
-on packed batches of a fixed number of tokens. Compiled rows run with --compile. Encoders classify, GPT-2 models
-language (ours with fused_loss), T5 writes the label out, ViT classifies random images, which have no padding. Every row
-trains on the same examples, forward + backward + AdamW. The number is real tokens a second: of CPU time with one thread
-on a CPU, of wall time on a GPU, where peak memory and the host's time a step are given too. `base` is the published
-width and depth (T5: small's).
+SDPA grouped by length (which biases what meets in a batch); ours on the ordinarily padded batch, ours on packed batches
+of a fixed number of tokens, these compiled, and these replayed as CUDA graphs, which need a GPU. Compiled rows run with
+--compile. Encoders classify, GPT-2 models language (ours with fused_loss), T5 writes the label out, ViT classifies
+random images, which have no padding. Every row trains on the same examples, forward + backward + AdamW. The number is
+real tokens a second: of CPU time with one thread on a CPU, of wall time on a GPU, where peak memory and the host's time
+a step are given too. `base` is the published width and depth (T5: small's) with a vocabulary of 8,000.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -65,6 +65,18 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 }  # fmt: skip
 PACKED = ("bert", "roberta", "distilbert", "gpt2")
 Batches = Callable[[int], Iterator[dict[str, Any]]]
+
+
+class Variant(NamedTuple):
+    """A row: the attention of the stock model, what is done to it, and the batches of an epoch."""
+
+    attention: str
+    batches: Batches
+    patched: bool = False
+    compiled: bool = False
+    graphed: bool = False
+
+
 PAD, VOCAB = 0, 8000
 IMAGE_TOKENS = 197  # of 224 x 224 pixels in patches of 16, and the one that is classified
 
@@ -74,6 +86,8 @@ def build(family: str, size: str, implementation: str, max_length: int) -> Any:
     torch.manual_seed(0)
     name, names = FAMILIES[family]
     settings: dict[str, Any] = {**SIZES[size], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if (family, size) == ("distilbert", "base"):
+        settings = {**settings, "num_hidden_layers": 6}
     if family == "t5":
         settings = {**T5_SIZES[size], "hidden_dropout_prob": 0.0, "decoder_start_token_id": PAD}
     if family != "vit":
@@ -143,9 +157,7 @@ def pad(rows: list[dict[str, Any]], width: int | None = None) -> dict[str, torch
 
 def variants(
     family: str, rows: list[dict[str, Any]], size: int, max_length: int, first_position: int, compiles: bool
-) -> dict[str, tuple[str, bool, bool, Batches]]:
-    """name: (attention of stock, whether patched, whether compiled, batches of an epoch)."""
-
+) -> dict[str, Variant]:
     def fixed(width: int | None) -> Batches:
         def make(epoch: int) -> Iterator[dict[str, Any]]:
             order = random.Random(epoch).sample(rows, len(rows))
@@ -171,26 +183,30 @@ def variants(
 
     if family == "vit":
         found = {
-            "stock eager": ("eager", False, False, fixed(None)),
-            "stock sdpa": ("sdpa", False, False, fixed(None)),
-            "stock compiled": ("sdpa", False, True, fixed(None)),
-            "ours": ("sdpa", True, False, fixed(None)),
-            "ours compiled": ("sdpa", True, True, fixed(None)),
+            "stock eager": Variant("eager", fixed(None)),
+            "stock sdpa": Variant("sdpa", fixed(None)),
+            "stock compiled": Variant("sdpa", fixed(None), compiled=True),
+            "ours": Variant("sdpa", fixed(None), patched=True),
+            "ours compiled": Variant("sdpa", fixed(None), patched=True, compiled=True),
         }
     else:
         found = {
-            "stock eager, max_length": ("eager", False, False, fixed(max_length)),
-            "stock sdpa, max_length": ("sdpa", False, False, fixed(max_length)),
-            "stock compiled, max_length": ("sdpa", False, True, fixed(max_length)),
-            "stock sdpa, dynamic": ("sdpa", False, False, fixed(None)),
-            "stock compiled, dynamic": ("sdpa", False, True, fixed(None)),
-            "stock sdpa, length-grouped": ("sdpa", False, False, grouped),
-            "ours, padded batches": ("sdpa", True, False, fixed(max_length)),
-            "ours compiled, padded batches": ("sdpa", True, True, fixed(max_length)),
+            "stock eager, max_length": Variant("eager", fixed(max_length)),
+            "stock sdpa, max_length": Variant("sdpa", fixed(max_length)),
+            "stock compiled, max_length": Variant("sdpa", fixed(max_length), compiled=True),
+            "stock sdpa, dynamic": Variant("sdpa", fixed(None)),
+            "stock compiled, dynamic": Variant("sdpa", fixed(None), compiled=True),
+            "stock sdpa, length-grouped": Variant("sdpa", grouped),
+            "ours, padded batches": Variant("sdpa", fixed(max_length), patched=True),
         }
         if family in PACKED:
-            found["ours, packed batches"] = ("sdpa", True, False, packed)
-    return {name: choice for name, choice in found.items() if compiles or not choice[2]}
+            found["ours, packed batches"] = Variant("sdpa", packed, patched=True)
+            found["ours compiled, packed batches"] = Variant("sdpa", packed, patched=True, compiled=True)
+            found["ours with graphs, padded batches"] = Variant("sdpa", fixed(max_length), patched=True, graphed=True)
+            found["ours with graphs, packed batches"] = Variant("sdpa", packed, patched=True, graphed=True)
+        else:
+            found["ours compiled, padded batches"] = Variant("sdpa", fixed(max_length), patched=True, compiled=True)
+    return {name: choice for name, choice in found.items() if compiles or not choice.compiled}
 
 
 def patch(family: str, model: Any) -> None:
@@ -256,22 +272,28 @@ def run(family: str, size: str, data: str, arguments: argparse.Namespace, device
     if arguments.rows:
         kept = ("stock sdpa, max_length", *arguments.rows)
         choices = {name: choice for name, choice in choices.items() if any(part in name for part in kept)}
+    if device.type != "cuda":
+        for name in [name for name, choice in choices.items() if choice.graphed]:
+            print(f"  {name:32} needs a GPU")
+            del choices[name]
     seconds: dict[str, list[float]] = {name: [] for name in choices}
     hosts: dict[str, float] = {}
     peaks: dict[str, float] = dict.fromkeys(choices, 0.0)
-    for name, (implementation, patched, compiled, _) in choices.items():
-        model = build(family, size, implementation, arguments.max_length).to(device)
-        if patched:
+    for name, choice in choices.items():
+        model = build(family, size, choice.attention, arguments.max_length).to(device)
+        if choice.patched:
             patch(family, model)
-        if compiled:
-            model.compile(dynamic="dynamic" in name or None)
+        if choice.graphed:
+            ff.graphed(model, max_seqlen=arguments.max_length, progress=None)
+        if choice.compiled:
+            model.compile(dynamic=None if name.endswith("max_length") else True)
         models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-5)
     # Rows take turns, so that whatever else the machine does meets all of them.
     for epoch in range(arguments.repeats + 1):
-        for name, (_, _, _, batches) in choices.items():
+        for name, choice in choices.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            taken, hosts[name] = epoch_seconds(*models[name], batches(epoch))
+            taken, hosts[name] = epoch_seconds(*models[name], choice.batches(epoch))
             if epoch or not arguments.repeats:
                 seconds[name].append(taken)
             if device.type == "cuda":
@@ -280,7 +302,7 @@ def run(family: str, size: str, data: str, arguments: argparse.Namespace, device
     for name, taken in seconds.items():
         middle = statistics.median(taken)
         memory = f"{peaks[name]:8.0f} MiB peak, {hosts[name] * 1e3:.1f} ms of the host a step" if peaks[name] else ""
-        print(f"  {name:28} {tokens / middle:9.0f} real tokens/s  {base / middle:5.2f}x  "
+        print(f"  {name:32} {tokens / middle:9.0f} real tokens/s  {base / middle:5.2f}x  "
               f"(epochs {min(taken):.2f} to {max(taken):.2f} s) {memory}")  # fmt: skip
 
 

@@ -40,24 +40,21 @@ class Case:
 
 
 SHORT = ("--max-length", "64")
+LONG = ("--max-length", "128")
+CHINESE = ("--vocab-size", "8000", *LONG)
 RATE = ("--learning-rate", "1e-3")
 PRETRAIN = ("--steps", "300", *RATE, *SHORT)
 CASES = (
     Case("sentiment, English", "sentiment", "reviews_en", ("--epochs", "4", *SHORT)),
-    Case(
-        "sentiment, Chinese",
-        "sentiment",
-        "reviews_zh",
-        ("--epochs", "1", "--rows", "12000", "--vocab-size", "8000", "--max-length", "128"),
-    ),
+    Case("sentiment, Chinese", "sentiment", "reviews_zh", ("--epochs", "1", "--rows", "12000", *CHINESE)),
     Case("named entities", "ner", "wnut17", ("--epochs", "10", *RATE)),
     Case("pre-training, masked words", "pretrain", "text/english.txt.xz", ("--steps", "1000", *RATE, *SHORT)),
     Case("pre-training, next sentences", "pretrain", "text/english.txt.xz", ("--objective", "mlm+nsp", *PRETRAIN)),
     Case("pre-training, next token", "pretrain", "text/english.txt.xz", ("--objective", "clm", *PRETRAIN)),
     Case("distillation, 4 layers to 2", "distill", "reviews_en", ("--epochs", "2", "--rows", "4000", *SHORT)),
-    Case("LoRA", "peft_lora", "reviews_en", ("--epochs", "3", *SHORT), "pre-training, masked words"),
+    Case("LoRA", "peft_lora", "reviews_zh", ("--epochs", "1", "--rows", "8000", *LONG), "sentiment, Chinese"),
     Case("int8, trained for it", "quantize", "reviews_en", ("--rows", "4000", *SHORT), "sentiment, English"),
-    Case("noise, FGM, R-Drop", "robust", "reviews_en", ("--epochs", "2", "--rows", "4000", *SHORT)),
+    Case("noise, FGM, R-Drop", "robust", "reviews_zh", ("--epochs", "1", "--rows", "8000", *CHINESE)),
     Case("compression", "compress", "reviews_zh", ("--rows", "11000", "--vocab-size", "8000", *RATE)),
     Case("translation", "translation", "multi30k", ("--width", "128", "--steps", "2200", "--learning-rate", "2e-3")),
 )

@@ -1,6 +1,7 @@
 """What the recipes share: arguments and exit codes, data, a model and a tokenizer (a checkpoint's, or new ones)."""
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,9 @@ from fastformer.demo.errors import UserError
 from fastformer.integrations.transformers import FastTokenizer, PackedCollator
 
 PAD, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+# Trainer imports torchao where there is one, which warns of libraries for other machines and of PyTorch's future.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 HELD_OUT = 0.15  # of a single file, where there is none for validation
 
 

@@ -11,21 +11,24 @@
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     as_rows,
     cdiv,
+    dense_strides,
+    in_rows,
     power_of_two,
     room,
-    room_like,
-    row_count,
+    row_stride,
     shape_of_program,
     sum_partials,
 )
@@ -160,39 +163,68 @@ def activation_forward(
     Returns:
         (..., N) in out_dtype.
     """
-    n, rows = gate.shape[-1], row_count(gate)
-    y = room_like(gate, out_dtype)
-    if rows:
-        x, x_stride = as_rows(gate)
-        u, u_stride = (None, 0) if up is None else as_rows(up)
-        r, r_stride = (None, 0) if residual is None else as_rows(residual)
-        numbers = (rows, x_stride, u_stride, r_stride, threshold, keep_scale, n, kind, seed is not None)
-        _forward_launch(target_of(gate.device), *numbers)(x, u, bias, r, seed, y)
-    return y
+    tensors = (as_rows(gate)[0], in_rows(up), bias, in_rows(residual), seed)
+    run = bind_forward(*tensors, threshold, keep_scale, kind, out_dtype)
+    assert run is not None
+    return run(*tensors)
 
 
-# What a launch is made of beside its tensors is derived once a kind of call.
-@functools.lru_cache(maxsize=1024, typed=True)
-def _forward_launch(
-    aim: Target,
-    rows: int,
-    x_stride: int,
-    u_stride: int,
-    r_stride: int,
+def bind_forward(
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
     threshold: int,
     keep_scale: float,
-    n: int,
+    kind: str,
+    out_dtype: torch.dtype,
+) -> Callable[..., Tensor] | None:
+    """`activation_forward` of tensors laid out like these, as a function of the tensors alone; None where it copies."""
+    strides = tuple(0 if t is None else row_stride(t) for t in (gate, up, residual))
+    if None in strides:
+        return None
+    dtypes = tuple(None if t is None else t.dtype for t in (gate, up, bias, residual))
+    return _forward_of(
+        target_of(gate.device), gate.device, gate.shape, strides, dtypes, threshold, keep_scale, kind,
+        seed is not None, out_dtype,
+    )  # fmt: skip
+
+
+# What a call is made of beside its tensors is derived once for each kind.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _forward_of(
+    aim: Target,
+    device: torch.device,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    threshold: int,
+    keep_scale: float,
     kind: str,
     dropped: bool,
-) -> Prepared:
+    out_dtype: torch.dtype,
+) -> Callable[..., Tensor]:
+    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
     block_m, block_n = _tile(n)
-    numbers = (rows, x_stride, u_stride, r_stride, threshold, keep_scale, n, kind, dropped, block_m, block_n)
-    return Prepared(_forward, (cdiv(rows, block_m), cdiv(n, block_n)), numbers, shape_of_program(aim, 2048, 8, 64))
+    numbers = (rows, *strides, threshold, keep_scale, n, kind, dropped, block_m, block_n)
+    grid = cdiv(rows, block_m), cdiv(n, block_n)
+    launch = Bound(_forward, grid, numbers, shape_of_program(aim, 2048, 8, 64))
+
+    def run(
+        gate: Tensor, up: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None
+    ) -> Tensor:
+        y = torch.empty_strided(shape, dense, dtype=out_dtype, device=device)
+        if rows:
+            launch(gate, up, bias, residual, seed, y)
+        return y
+
+    return run
 
 
 def activation_backward(
     dy: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     up: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
@@ -206,52 +238,83 @@ def activation_backward(
     """Launch the backward kernels.
 
     Args:
-        dy: gradient of the result; others as in forward. gate's values are not read for kind "identity" without up.
+        dy: gradient of the result; others as in forward. gate may be None for kind "identity" without up.
         gate_dtype, up_dtype, bias_dtype: dtype of that gradient, None where it is not needed.
 
     Returns:
         the gradients that are needed, in the order of those three arguments.
     """
-    n, rows = dy.shape[-1], row_count(dy)
-    dgate = None if gate_dtype is None else room_like(dy, gate_dtype)
-    dup = None if up_dtype is None else room_like(dy, up_dtype)
-    gradients = [gradient for gradient in (dgate, dup) if gradient is not None]
-    if not rows:
-        return gradients + ([] if bias_dtype is None else [torch.zeros(n, dtype=bias_dtype, device=dy.device)])
-    device, needs_bias = dy.device, bias_dtype is not None
-    dy, dy_stride = as_rows(dy)
-    x, x_stride = as_rows(gate)
-    u, u_stride = (None, 0) if up is None else as_rows(up)
-    partial: Tensor | None = None
-    numbers = (rows, dy_stride, x_stride, u_stride, threshold, keep_scale, n, kind, seed is not None)
-    programs, launch = _backward_launch(target_of(device), *numbers, needs_bias)
-    if needs_bias:
-        partial = room(programs, n, torch.float32, device)
-    launch(dy, x, u, bias, seed, dgate, dup, partial)
-    if partial is not None and bias_dtype is not None:
-        gradients += sum_partials(partial, [bias_dtype])
-    return gradients
+    tensors = (as_rows(dy)[0], in_rows(gate), in_rows(up), bias, seed)
+    run = bind_backward(*tensors, threshold, keep_scale, kind, gate_dtype, up_dtype, bias_dtype)
+    assert run is not None
+    return [gradient for gradient in run(*tensors) if gradient is not None]
+
+
+def bind_backward(
+    dy: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    keep_scale: float,
+    kind: str,
+    gate_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """`activation_backward` of tensors laid out like these, as a function of the tensors alone that has a place for
+    each gradient; None where it copies."""
+    strides = tuple(0 if t is None else row_stride(t) for t in (dy, gate, up))
+    if None in strides:
+        return None
+    dtypes = tuple(None if t is None else t.dtype for t in (dy, gate, up, bias))
+    return _backward_of(
+        target_of(dy.device), dy.device, dy.shape, strides, dtypes, threshold, keep_scale, kind, seed is not None,
+        (gate_dtype, up_dtype, bias_dtype),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def _backward_launch(
+def _backward_of(
     aim: Target,
-    rows: int,
-    dy_stride: int,
-    x_stride: int,
-    u_stride: int,
+    device: torch.device,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
     threshold: int,
     keep_scale: float,
-    n: int,
     kind: str,
     dropped: bool,
-    needs_bias: bool,
-) -> tuple[int, Prepared]:
-    """Partial rows, and the launch."""
+    wanted: tuple[torch.dtype | None, ...],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    gate_dtype, up_dtype, bias_dtype = wanted
     block_m, block_n = _tile(n)
-    tiles, blocks = cdiv(rows, block_m), cdiv(n, block_n)
-    if needs_bias:
+    programs, blocks = cdiv(rows, block_m), cdiv(n, block_n)
+    if bias_dtype is not None:
         # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
-        tiles = min(tiles, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
-    numbers = (rows, dy_stride, x_stride, u_stride, threshold, keep_scale, n, kind, dropped, block_m, block_n)
-    return tiles, Prepared(_backward, (tiles, blocks), numbers, shape_of_program(aim, 2048, 8, 128))
+        programs = min(programs, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
+    numbers = (rows, *strides, threshold, keep_scale, n, kind, dropped, block_m, block_n)
+    launch = Bound(_backward, (programs, blocks), numbers, shape_of_program(aim, 2048, 8, 128))
+    total = None if bias_dtype is None else sum_partials(aim, device, programs, n, (bias_dtype,))
+
+    def run(
+        dy: Tensor, gate: Tensor | None, up: Tensor | None, bias: Tensor | None, seed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dgate = dup = dbias = None
+        if gate_dtype is not None:
+            dgate = torch.empty_strided(shape, dense, dtype=gate_dtype, device=device)
+        if up_dtype is not None:
+            dup = torch.empty_strided(shape, dense, dtype=up_dtype, device=device)
+        if not rows:
+            return dgate, dup, None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
+        if total is None:
+            launch(dy, gate, up, bias, seed, dgate, dup, None)
+        else:
+            partial = room(programs, n, torch.float32, device)
+            launch(dy, gate, up, bias, seed, dgate, dup, partial)
+            (dbias,) = total(partial)
+        return dgate, dup, dbias
+
+    return run

@@ -87,16 +87,75 @@ class Prepared:
         self.found: dict[Any, Any] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> Any:
         kernel = self.kernel
         if type(kernel) is _Launcher:
-            _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options)
-        else:
-            kernel[self.grid](*tensors, *self.others, **self.options)
+            return _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options)
+        kernel[self.grid](*tensors, *self.others, **self.options)
+        return None
 
 
-def _hooked(hook: Any) -> bool:
-    """Whether a launch hook of Triton's is more than an empty chain."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+class Bound(Prepared):
+    """A prepared launch whose tensors have the same dtypes each time and are None in the same places, as the key under
+    which its owner keeps it says. While all of them lie on multiples of 16 bytes, as fresh tensors do, it needs no
+    look-up. It runs on the GPU of its first tensor, whichever is the current one.
+    """
+
+    __slots__ = ("last",)
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
+        super().__init__(kernel, (*grid, 1, 1)[:3], others, options)
+        # Driver, device and switches at the last launch, and what it ran; never set on AMD, where the storages' sizes
+        # count as well.
+        self.last: tuple[Any, ...] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        last = self.last
+        if last is not None and not bits & 15 and not _is_own(self.kernel.kernel):
+            driver_then, device_then, debug, mode, run, function, metadata, others = last
+            active = driver.active
+            device = active.get_current_device()
+            if (
+                active is driver_then
+                and device == device_then
+                and knobs.runtime.debug == debug
+                and knobs.compilation.instrumentation_mode == mode
+            ):
+                x, y, z = self.grid
+                stream = active.get_current_stream(device)
+                run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others)
+                return
+        first = next(t for t in tensors if t is not None)
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.get_device()):
+                self._launch(tensors)
+            return
+        found = self._launch(tensors)
+        if found is not None and not bits & 15 and not _HIP:
+            active, (run, function, metadata, tail) = driver.active, found
+            switches = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+            ran = run, function, metadata, (*self.others, *tail)
+            self.last = (active, active.get_current_device(), *switches, *ran)
+
+
+def _is_own(jit: Any) -> bool:
+    """Whether a launch must be Triton's own: something is to see it, or only compiles it."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Hooks are usually chains, and usually empty ones.
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+        or runtime.add_stages_inspection_hook is not None
+        or jit.pre_run_hooks
+        or targets.assumed()
+    )
 
 
 def _launch(
@@ -107,18 +166,16 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
-) -> None:
-    """Launch from `found` or for the first time; `kind` stands in the key for others and options."""
-    jit, runtime = kernel.kernel, knobs.runtime
-    if (
-        targets.assumed()
-        or jit.pre_run_hooks
-        or _hooked(runtime.launch_enter_hook)
-        or _hooked(runtime.launch_exit_hook)
-        or runtime.add_stages_inspection_hook is not None
-    ):
+) -> Any:
+    """Launch from `found` or for the first time; `kind` stands in the key for others and options.
+
+    Returns:
+        what was launched, as `found` holds it; None where Triton launched by itself.
+    """
+    jit = kernel.kernel
+    if _is_own(jit):
         jit[grid](*tensors, *others, **options)
-        return
+        return None
     active = driver.active
     device = active.get_current_device()
     pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -126,7 +183,7 @@ def _launch(
         kind,
         active,
         device,
-        runtime.debug,
+        knobs.runtime.debug,
         knobs.compilation.instrumentation_mode,
         *[None if t is None else t.dtype for t in tensors],
         *[p and p & 15 for p in pointers],
@@ -135,12 +192,12 @@ def _launch(
         key += tuple(t is not None and t.untyped_storage().size() <= _TWO_GIB for t in tensors)
     known = found.get(key)
     if known is None:
-        _first(kernel, found, key, grid, tensors, others, options)
-        return
+        return _first(kernel, found, key, grid, tensors, others, options)
     run, function, metadata, tail = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others, *tail)
+    return known
 
 
 def _first(
@@ -151,7 +208,7 @@ def _first(
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
-) -> None:
+) -> Any:
     jit = kernel.kernel
     # Parameters that come by name are constants, or the key would have to tell their types apart.
     named = [p.name for p in jit.params[len(tensors) + len(others) :] if p.is_constexpr and p.name in options]
@@ -163,7 +220,10 @@ def _first(
         )
     compiled = jit[grid](*tensors, *others, **options)
     # A hook may have compiled or launched in its own way; then there is nothing to keep.
-    if type(compiled) is CompiledKernel:
-        if len(found) >= KEPT:
-            found.clear()
-        found[key] = compiled.run, compiled.function, compiled.packed_metadata, tuple(options[name] for name in named)
+    if type(compiled) is not CompiledKernel:
+        return None
+    if len(found) >= KEPT:
+        found.clear()
+    constants = tuple(options[name] for name in named)
+    found[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+    return found[key]

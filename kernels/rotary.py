@@ -9,14 +9,17 @@ Dimensions from R on are copied. Backward turns by the negative angle. Su et al.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared, launcher
-from fastformer.kernels.rows import cdiv, power_of_two, shape_of_program
+from fastformer.kernels.launch import Bound, launcher
+from fastformer.kernels.rows import cdiv, dense_strides, power_of_two, shape_of_program
 from fastformer.kernels.targets import Target, target_of
 
 
@@ -88,12 +91,6 @@ def _rotate(
         )  # fmt: skip
 
 
-def _empty_beside(x: Tensor) -> Tensor:
-    """Room for a result: x's memory order, unless that strides the last dimension (as for overlapping inputs)."""
-    out = torch.empty_like(x)
-    return out if out.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def rotate(
     query: Tensor,
     key: Tensor | None,
@@ -108,7 +105,7 @@ def rotate(
     """Launch the kernel.
 
     Args:
-        query, key: (B, S, H, D), any strides; the number of heads may differ.
+        query, key: (B, S, H, D) or (S, H, D), any strides; the number of heads may differ.
         cos, sin: (P, R / 2) with unit stride in the last dimension, R even and at most D.
         position: (B, S) contiguous integers, or None for a token's place in its sequence, or with `by_token` its
             place in the batch.
@@ -118,47 +115,84 @@ def rotate(
     Returns:
         tensors for query and, if there is one, key: new ones in their memory order where that is dense, or themselves.
     """
-    batch, s, heads, d = query.shape
-    outs = [x if in_place else _empty_beside(x) for x in (query, key) if x is not None]
-    if query.numel() + (0 if key is None else key.numel()) == 0:
-        return outs
-    launch = _launch(
-        target_of(query.device), batch, s, heads, 0 if key is None else key.shape[2], d, tuple(cos.shape),
-        cos.stride(0), sin.stride(0), query.stride(), (0, 0, 0, 0) if key is None else key.stride(),
-        outs[0].stride(), outs[-1].stride(), interleaved, by_token, inverse,
-    )  # fmt: skip
-    q_out, k_out = (None, None) if in_place else (outs[0], None if key is None else outs[1])
-    launch(query, key, cos, sin, position, q_out, k_out)
-    return outs
+    return bind(query, key, cos, sin, position, interleaved, by_token, inverse, in_place)(
+        query, key, cos, sin, position
+    )
 
 
-# What a launch is made of beside its tensors is derived once a kind of call.
-@functools.lru_cache(maxsize=1024)
-def _launch(
-    aim: Target,
-    batch: int,
-    s: int,
-    heads: int,
-    heads_k: int,
-    d: int,
-    table: tuple[int, int],
-    cos_stride: int,
-    sin_stride: int,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    q_out_strides: tuple[int, ...],
-    k_out_strides: tuple[int, ...],
+def bind(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor | None,
     interleaved: bool,
     by_token: bool,
     inverse: bool,
-) -> Prepared:
-    r = 2 * table[1]
+    in_place: bool = False,
+) -> Callable[..., list[Tensor]]:
+    """`rotate` of tensors laid out like these, as a function of the tensors alone."""
+    sides = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in (query, key))
+    tables = tuple((tuple(t.shape), t.stride(0), t.dtype) for t in (cos, sin))
+    return _rotation(
+        target_of(query.device), query.device, sides, tables, None if position is None else position.dtype,
+        interleaved, by_token, inverse, in_place,
+    )  # fmt: skip
+
+
+# What a call is made of beside its tensors is derived once for each kind.
+@functools.lru_cache(maxsize=1024)
+def _rotation(
+    aim: Target,
+    device: torch.device,
+    sides: tuple[Any, ...],
+    tables: tuple[Any, ...],
+    position: torch.dtype | None,
+    interleaved: bool,
+    by_token: bool,
+    inverse: bool,
+    in_place: bool,
+) -> Callable[..., list[Tensor]]:
+    (*lead, s, heads, d), strides, _ = sides[0]
+    results = [(shape, _beside(shape, stride), dtype) for shape, stride, dtype in filter(None, sides)]
+    heads_k = 0 if sides[1] is None else sides[1][0][-2]
+    k_strides = (0, 0, 0, 0) if sides[1] is None else _of_four(sides[1][1])
+    q_out, k_out = (_of_four(stride)[:3] for _, stride, _ in (results[0], results[-1]))
+    (positions, half), cos_stride, _ = tables[0]
+    r = 2 * half
     block_h = min(power_of_two(max(heads, heads_k)), 16)
-    block_r = power_of_two(max(r // 2, 1))
+    block_r = power_of_two(max(half, 1))
     block_d = power_of_two(max(d - r, 1))
     numbers = (
-        s, table[0], cos_stride, sin_stride, *q_strides, *k_strides, *q_out_strides[:3], *k_out_strides[:3],
+        s, positions, cos_stride, tables[1][1], *_of_four(strides), *k_strides, *q_out, *k_out,
         heads, heads_k, d, r, interleaved, by_token, inverse, block_h, block_r, block_d,
     )  # fmt: skip
-    grid = (batch * s, cdiv(heads, block_h) + cdiv(heads_k, block_h))
-    return Prepared(_rotate, grid, numbers, shape_of_program(aim, block_h * block_r, 4, 128))
+    tokens = math.prod(lead) * s
+    grid = (tokens, cdiv(heads, block_h) + cdiv(heads_k, block_h))
+    launch = Bound(_rotate, grid, numbers, shape_of_program(aim, block_h * block_r, 4, 128))
+    empty = tokens * (heads + heads_k) * d == 0
+
+    def run(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, position: Tensor | None) -> list[Tensor]:
+        if in_place:
+            if not empty:
+                launch(query, key, cos, sin, position, None, None)
+            return [query] if key is None else [query, key]
+        outs = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in results]
+        if not empty:
+            launch(query, key, cos, sin, position, outs[0], None if key is None else outs[1])
+        return outs
+
+    return run
+
+
+def _of_four(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of (B, S, H, D), also for a tensor of one sequence without B."""
+    return strides if len(strides) == 4 else (0, *strides)
+
+
+def _beside(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a result: the tensor's, if they hold its elements side by side with rows of unit stride."""
+    if strides[-1] != 1:
+        return dense_strides(shape)
+    beside = torch.empty_strided(shape, strides, device="meta")
+    return torch.empty_like(beside).stride()

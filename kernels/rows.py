@@ -5,14 +5,16 @@ program, which `sum_partials` adds up in a fixed order: the result is the same o
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.targets import Target, target_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -33,19 +35,38 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
     Strided rows are used where they lie; only a layout no row stride can describe is copied.
     """
-    if tensor.is_contiguous():
-        return tensor, tensor.shape[-1]
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
+    distance = row_stride(tensor)
+    return (tensor, distance) if distance is not None else (tensor.contiguous(), tensor.shape[-1])
 
 
-def room_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a contiguous result of tensor's shape (empty_like costs a third of what empty does)."""
+def row_stride(tensor: Tensor) -> int | None:
+    """The one distance between neighbouring rows, in elements; None where there is none or a row has gaps."""
+    n = tensor.shape[-1]
     if tensor.is_contiguous():
-        return torch.empty_like(tensor, dtype=dtype)
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        return n
+    strides = tensor.stride()
+    if n > 1 and strides[-1] != 1:
+        return None
+    distance, rows = None, 1
+    for size, stride in zip(tensor.shape[-2::-1], strides[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if distance is None:
+            distance = stride
+        elif stride != distance * rows:
+            return None
+        rows *= size
+    return n if distance is None else distance
+
+
+def in_rows(tensor: Tensor | None) -> Tensor | None:
+    """`as_rows` without the distance, of what may be None."""
+    return None if tensor is None else as_rows(tensor)[0]
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1]
 
 
 def room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -96,27 +117,31 @@ def _sum_partials(PARTIAL, FIRST, SECOND, count, N, BLOCK_P: tl.constexpr, BLOCK
         tl.store(SECOND + column, result, mask=column < N)
 
 
-def sum_partials(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Sum fp32 partial rows.
+@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
+def sum_partials(
+    aim: Target, device: torch.device, rows: int, n: int, dtypes: tuple[torch.dtype, ...]
+) -> Callable[[Tensor], list[Tensor]]:
+    """What sums fp32 partial rows.
 
     Args:
-        partial: fp32 (len(dtypes) * P, N), contiguous: the rows of the first sum, then those of the second.
+        rows, n: shape of the partial rows, contiguous: those of the first sum, then as many of the second.
         dtypes: one or two, of the results.
 
     Returns:
-        one (N,) tensor for each dtype.
+        a function from the partial rows to one (N,) tensor for each dtype.
     """
-    rows, n = partial.shape
-    device = partial.device
-    sums = [torch.empty_strided((n,), (1,), dtype=dtype, device=device) for dtype in dtypes]
-    _sum_launch(target_of(device), rows, n, len(sums))(partial, sums[0], sums[-1])
-    return sums
+    count = len(dtypes)
+    launch = Bound(
+        _sum_partials, (cdiv(n, 32), count), (rows // count, n, 64, 32), shape_of_program(aim, 2048, 16, 128)
+    )
 
+    def run(partial: Tensor) -> list[Tensor]:
+        sums = [torch.empty_strided((n,), (1,), dtype=dtype, device=device) for dtype in dtypes]
+        launch(partial, sums[0], sums[-1])
+        return sums
 
-@functools.lru_cache(maxsize=1024)
-def _sum_launch(aim: Target, rows: int, n: int, sums: int) -> Prepared:
-    shape = shape_of_program(aim, 2048, 16, 128)
-    return Prepared(_sum_partials, (cdiv(n, 32), sums), (rows // sums, n, 64, 32), shape)
+    return run
 
 
 def target(tensor: Tensor) -> Target:

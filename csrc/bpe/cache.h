@@ -15,6 +15,19 @@ namespace fastformer::bpe {
 inline constexpr uint32_t kCountShift = 28;  // the count of ids less one stands in the top bits of the first
 inline constexpr uint32_t kIdMask = (1u << kCountShift) - 1;
 
+// Both halves of a product, folded: every bit of the factors reaches the top bits.
+inline uint64_t mix(uint64_t a, uint64_t b) {
+#if defined(__SIZEOF_INT128__)
+    __extension__ using Wide = unsigned __int128;
+    Wide product = static_cast<Wide>(a) * b;
+    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+#else
+    uint64_t h = a * 0x9E3779B97F4A7C15u;
+    h = (h ^ h >> 32 ^ b) * 0xD6E8FEB86659FD93u;
+    return (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
+#endif
+}
+
 // Up to 8 * words - 1 bytes, zero-padded, and the length in the last byte.
 template <size_t words>
 struct Key {
@@ -27,6 +40,12 @@ struct Key {
         return difference == 0;
     }
     bool empty() const { return word[words - 1] == 0; }  // no pretoken has length 0
+    // No pretoken's key.
+    static Key none() {
+        Key k{};
+        k.word[words - 1] = ~uint64_t{0};
+        return k;
+    }
     // The key of the n bytes at p, of which at least `readable` may be read.
     static Key of(const uint8_t* p, size_t n, size_t readable) {
         Key k;
@@ -46,10 +65,9 @@ struct Key {
         return k;
     }
     uint64_t hash() const {
-        // Only the top bits are used, and every bit of the key reaches them.
-        uint64_t h = word[words - 1] * 0xA0761D6478BD642Fu;
-        for (size_t i = words - 1; i-- > 0;) h = (h ^ h >> 32) * 0xE7037ED1A0B428DBu + word[i];
-        return h * 0x9E3779B97F4A7C15u;
+        uint64_t h = mix(word[0] ^ 0xA0761D6478BD642Fu, word[1] ^ 0xE7037ED1A0B428DBu);
+        for (size_t i = 2; i < words; i += 2) h = mix(h ^ word[i], word[i + 1] ^ 0x8EBC6AF09C88C6E3u);
+        return h;
     }
 
   private:
@@ -74,14 +92,16 @@ class Cache {
     // Begins with `1 << bits` entries, or the most there may be.
     explicit Cache(int bits) { allocate(std::min(bits, largest)); }
     void prefetch(uint64_t hash) const {
-        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        const Entry* e = line(hash);
         fetch(e);
         if constexpr (sizeof(Entry) > 32) fetch(e + 1);
     }
 
+    // The two entries that may hold a key.
+    const Entry* line(uint64_t hash) const { return entries_.get() + (hash >> shift_ << 1); }
     // The ids of a key, or null.
     const uint32_t* find(const Key& key, uint64_t hash) const {
-        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        const Entry* e = line(hash);
         // Which of the two it is nobody can predict, whether it is one of them nearly always.
         bool first = e[0].key == key, second = e[1].key == key;
         const uint32_t* ids = first ? e[0].ids : e[1].ids;
@@ -135,7 +155,7 @@ class Cache {
 };
 
 using ShortCache = Cache<2, 4, 20>;    // 32 bytes each, 32 MB
-using MiddleCache = Cache<4, 8, 17>;   // 64 bytes each, 8 MB
+using MiddleCache = Cache<4, 8, 18>;   // 64 bytes each, 16 MB
 using LongCache = Cache<8, 16, 16>;    // 128 bytes each, 8 MB
 
 }  // namespace fastformer::bpe

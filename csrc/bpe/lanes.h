@@ -1,11 +1,12 @@
 // Merging many short pretokens side by side. One pretoken's merges wait for one another and each for memory; those of
 // several pretokens do not, so the lanes take turns and every look-up has been fetched by the time its lane is back.
+// Compiled for each instruction set (isa/isa.h).
 #pragma once
 #include <bit>
 
 #include "bpe/vocab.h"
 
-namespace fastformer::bpe {
+namespace fastformer::bpe::FASTFORMER_ISA {
 
 class Lanes {
   public:
@@ -96,4 +97,4 @@ class Lanes {
     Lane lanes_[kLanes];
 };
 
-}  // namespace fastformer::bpe
+}  // namespace fastformer::bpe::FASTFORMER_ISA

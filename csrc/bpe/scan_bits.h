@@ -5,7 +5,7 @@
 #pragma once
 #include "bpe/scan_mapped.h"
 
-namespace fastformer::bpe::mapped {
+namespace fastformer::bpe::FASTFORMER_ISA::mapped {
 
 template <Pattern pattern>
 class Boundaries {
@@ -185,11 +185,11 @@ class Boundaries {
     size_t flatten(uint32_t* ends, size_t last, size_t words) {
         uint32_t* to = ends;
         starts_[0] &= ~uint64_t{1};
-        for (size_t i = 0; i < words; i++) {
-            uint64_t bits = starts_[i];
-            uint32_t at = static_cast<uint32_t>(w_.base + 64 * i);
-            for (; bits; bits &= bits - 1) *to++ = at + static_cast<uint32_t>(std::countr_zero(bits));
-        }
+        // There is room for as many ends as the window has bytes.
+        size_t i = 0;
+        for (; i < size_ / 64; i++) to = places(starts_[i], static_cast<uint32_t>(w_.base + 64 * i), to);
+        for (uint64_t bits = i < words ? starts_[i] : 0; bits; bits &= bits - 1)
+            *to++ = static_cast<uint32_t>(w_.base + 64 * i) + static_cast<uint32_t>(std::countr_zero(bits));
         *to++ = static_cast<uint32_t>(last);
         return static_cast<size_t>(to - ends);
     }
@@ -208,17 +208,12 @@ class Boundaries {
 // Texts too short for a window to pay.
 inline constexpr size_t kScalar = 48;
 
-template <Pattern pattern, Classify classify>
+template <Pattern pattern>
 size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
     thread_local Window window;
     const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
     size_t count = 0, i = pos;
-    if (n - i < kScalar) {
-        scalar::Text x{text, n, tables};
-        for (; i < n && count < capacity; ends[count++] = static_cast<uint32_t>(i)) i = scalar::next<pattern>(x, i);
-        pos = i;
-        return count;
-    }
+    if (n - i < kScalar) return scalar::scan<pattern>(text, n, pos, ends, capacity);
     // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
     while (i < n && (capacity - count >= kWindow || count == 0)) {
         size_t end = n - i > kWindow ? i + kWindow : n;
@@ -226,7 +221,7 @@ size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t c
         while (end < n && end > i && (text[end] & 0xC0) == 0x80) end--;
         window.base = i;
         window.end = end;
-        classify(tables, text + i, end - i, kSets<pattern>, kMaxSets, window);
+        classify<pattern>(tables, text + i, end - i, window);
         Reader<pattern> x{{text, n, tables}, window};
         if constexpr (pattern == Pattern::kDeepseek) {
             do {
@@ -242,17 +237,4 @@ size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t c
     return count;
 }
 
-template <Classify classify>
-Scanner::Function get(Pattern pattern) {
-    switch (pattern) {
-        case Pattern::kGpt2: return scan<Pattern::kGpt2, classify>;
-        case Pattern::kCl100k: return scan<Pattern::kCl100k, classify>;
-        case Pattern::kO200k: return scan<Pattern::kO200k, classify>;
-        case Pattern::kLlama3: return scan<Pattern::kLlama3, classify>;
-        case Pattern::kQwen2: return scan<Pattern::kQwen2, classify>;
-        case Pattern::kDeepseek: return scan<Pattern::kDeepseek, classify>;
-        default: return nullptr;
-    }
-}
-
-}  // namespace fastformer::bpe::mapped
+}  // namespace fastformer::bpe::FASTFORMER_ISA::mapped

@@ -7,7 +7,7 @@
 
 #include "bpe/scan_scalar.h"
 
-namespace fastformer::bpe::mapped {
+namespace fastformer::bpe::FASTFORMER_ISA::mapped {
 
 using namespace unicode;
 
@@ -28,9 +28,6 @@ struct Window {
     // Single bytes: those that begin no character, CR and LF, ' ', the apostrophe, '/'.
     uint64_t tail[kWords], newline[kWords], blank[kWords], quote[kWords], slash[kWords];
 };
-
-// Fills the flags of p[0, n), n <= kWindow, which ends at a character boundary, and the maps of `sets`.
-using Classify = void (*)(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
 
 // The flags of the characters whose first bytes are those of `leads` among the 64 at `at`, none of them ASCII. With
 // `spill` up to three bytes behind a character are written too, for the caller to write after it.
@@ -94,4 +91,4 @@ struct Reader : scalar::Text {
     }
 };
 
-}  // namespace fastformer::bpe::mapped
+}  // namespace fastformer::bpe::FASTFORMER_ISA::mapped

@@ -1,12 +1,13 @@
 // The patterns, one function each, over any reader of text. With Text, which looks at one character after another, they
-// are the scalar scanner; scan_mapped.h gives them a reader that has classified a window of text before.
+// are the scalar scanner; scan_mapped.h gives them a reader that has classified a window of text before. Compiled for
+// each instruction set (isa/isa.h).
 #pragma once
 #include <type_traits>
 
 #include "bpe/scanner.h"
 #include "bpe/unicode.h"
 
-namespace fastformer::bpe::scalar {
+namespace fastformer::bpe::FASTFORMER_ISA::scalar {
 
 using namespace unicode;
 
@@ -221,4 +222,16 @@ size_t next(const X& x, size_t i) {
     return x.n;
 }
 
-}  // namespace fastformer::bpe::scalar
+template <Pattern pattern>
+size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
+    Text x{text, n, pattern == Pattern::kDeepseek ? deepseek_tables() : tables()};
+    size_t i = pos, count = 0;
+    while (i < n && count < capacity) {
+        i = next<pattern>(x, i);
+        ends[count++] = static_cast<uint32_t>(i);
+    }
+    pos = i;
+    return count;
+}
+
+}  // namespace fastformer::bpe::FASTFORMER_ISA::scalar

@@ -1,8 +1,7 @@
-// The choice of a scanner at run time, by the processor's own word (cpuid) and the operating system's (xgetbv).
+// The choice of an instruction set at run time, by the processor's own word (cpuid) and the operating system's (xgetbv).
 #include "bpe/scanner.h"
 
 #include "bpe/isa/isa.h"
-#include "bpe/scan_bits.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -12,19 +11,6 @@ namespace fastformer::bpe {
 
 namespace {
 
-template <Pattern pattern>
-size_t scan_scalar(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
-    const auto& tables = pattern == Pattern::kDeepseek ? unicode::deepseek_tables() : unicode::tables();
-    scalar::Text x{text, n, tables};
-    size_t i = pos, count = 0;
-    while (i < n && count < capacity) {
-        i = scalar::next<pattern>(x, i);
-        ends[count++] = static_cast<uint32_t>(i);
-    }
-    pos = i;
-    return count;
-}
-
 Isa detect() {
 #if defined(__x86_64__) && defined(__GNUC__)
     unsigned a, b, c, d;
@@ -32,8 +18,11 @@ Isa detect() {
     unsigned state, high;
     __asm__ volatile("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
     if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::kScalar;
-    bool avx2 = b & (1u << 5);
-    bool avx512 = (b & (1u << 16)) && (b & (1u << 30)) && (c & (1u << 1)) && (state & 0xE0) == 0xE0;
+    // With AVX2 came BMI and BMI2, on some virtual machines without.
+    bool avx2 = (b & (1u << 5)) && (b & (1u << 3)) && (b & (1u << 8));
+    // F, BW, VL, VBMI, VBMI2, and the registers.
+    bool avx512 = avx2 && (b & (1u << 16)) && (b & (1u << 30)) && (b & (1u << 31)) && (c & (1u << 1)) && (c & (1u << 6)) &&
+                  (state & 0xE0) == 0xE0;
     return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #elif defined(__aarch64__) && defined(__GNUC__)
     return Isa::kNeon;
@@ -58,21 +47,23 @@ bool has_isa(Isa isa) {
 }
 
 Scanner::Function Scanner::get(Pattern pattern, Isa isa) {
-    if (pattern == Pattern::kWhole) return scan_scalar<Pattern::kWhole>;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (isa == Isa::kAvx512) return mapped::get<mapped::classify_avx512>(pattern);
-    if (isa == Isa::kAvx2) return mapped::get<mapped::classify_avx2>(pattern);
+    if (isa == Isa::kAvx512) return avx512::scanner(pattern);
+    if (isa == Isa::kAvx2) return avx2::scanner(pattern);
 #elif defined(__aarch64__) && defined(__GNUC__)
-    if (isa == Isa::kNeon) return mapped::get<mapped::classify_neon>(pattern);
+    if (isa == Isa::kNeon) return neon::scanner(pattern);
 #endif
-    switch (pattern) {
-        case Pattern::kGpt2: return scan_scalar<Pattern::kGpt2>;
-        case Pattern::kCl100k: return scan_scalar<Pattern::kCl100k>;
-        case Pattern::kO200k: return scan_scalar<Pattern::kO200k>;
-        case Pattern::kLlama3: return scan_scalar<Pattern::kLlama3>;
-        case Pattern::kQwen2: return scan_scalar<Pattern::kQwen2>;
-        default: return scan_scalar<Pattern::kDeepseek>;
-    }
+    return portable::scanner(pattern);
+}
+
+std::unique_ptr<Encoder> Encoder::make(const Vocab& vocab, Isa isa) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (isa == Isa::kAvx512) return avx512::encoder(vocab);
+    if (isa == Isa::kAvx2) return avx2::encoder(vocab);
+#elif defined(__aarch64__) && defined(__GNUC__)
+    if (isa == Isa::kNeon) return neon::encoder(vocab);
+#endif
+    return portable::encoder(vocab);
 }
 
 }  // namespace fastformer::bpe

@@ -7,14 +7,14 @@
 #include <string>
 
 #include "bpe/joints.h"
-#include "bpe/lanes.h"
 #include "bpe/merge.h"
-#include "bpe/trie.h"
+
+#define FASTFORMER_ISA portable
+#include "bpe/lanes.h"
 
 namespace fastformer::bpe {
 
-Vocab::Vocab() = default;
-Vocab::~Vocab() { delete trie_.load(); }
+using portable::Lanes;
 
 void PairTable::reserve(size_t count) {
     int bits = 4;
@@ -319,21 +319,6 @@ void Vocab::derive() {
     for (uint32_t k = 0; k < n; k++) lengths_[k] = static_cast<uint16_t>(std::min<size_t>(bytes_of_token(k).size, 0xFFFF));
     joints_ = std::make_shared<Joints>(*this);
     derive_inline();
-}
-
-const Trie& Vocab::trie() const {
-    if (const Trie* trie = trie_.load(std::memory_order_acquire)) return *trie;
-    std::vector<uint32_t> made;
-    made.reserve(size());
-    for (uint32_t k = 0; k < size(); k++)
-        if (reachable(k)) made.push_back(k);
-    std::stable_sort(made.begin() + 256, made.end(), [&](uint32_t a, uint32_t b) { return length(a) < length(b); });
-    auto fresh = std::make_unique<Trie>();
-    fresh->build(*this, made);
-    // Two threads may both build one: a lock could be held for ever in a process forked meanwhile.
-    const Trie* none = nullptr;
-    if (trie_.compare_exchange_strong(none, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
-    return *none;
 }
 
 }  // namespace fastformer::bpe

@@ -5,7 +5,6 @@
 // its own rank. One pair a token suffices: a merge that makes token t within a text happens undisturbed by t's
 // neighbours, hence as it does when the bytes of t stand alone, and there the last two parts are always the same.
 #pragma once
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -26,7 +25,6 @@ struct Span {
 };
 
 class Joints;
-class Trie;
 
 class PairTable {
   public:
@@ -70,8 +68,7 @@ class Vocab {
     struct Merge {
         uint32_t left, right, merged;
     };
-    Vocab();
-    ~Vocab();
+    Vocab() = default;
     Vocab(const Vocab&) = delete;
     Vocab& operator=(const Vocab&) = delete;
 
@@ -100,7 +97,7 @@ class Vocab {
     const PairTable& pairs() const { return pairs_; }
     size_t size() const { return external_.size(); }
     size_t longest() const { return longest_; }
-    // Every token's rank is above its parts': what longest-match encoding needs.
+    // Every token's rank is above its parts': then neighbours alone tell whether an encoding is one.
     bool monotone() const { return monotone_; }
     bool reachable(uint32_t token) const { return token < 256 || left_[token] != kNone; }
     uint32_t left(uint32_t token) const { return left_[token]; }
@@ -109,10 +106,8 @@ class Vocab {
     size_t length(uint32_t token) const {
         return lengths_[token] != 0xFFFF ? lengths_[token] : by_id_[external_[token]].length;
     }
-    // Whether every token can be made by merging, so that the trie knows all of them.
+    // Whether every token can be made by merging.
     bool all_reachable() const { return all_reachable_; }
-    // Built when first asked for; only pretokens of uncommon length need it. Throws std::invalid_argument.
-    const Trie& trie() const;
     const Joints& joints() const { return *joints_; }
 
     // Internal number of the token with these bytes, or kNone.
@@ -156,7 +151,6 @@ class Vocab {
     std::vector<Place> by_id_;
     std::vector<uint32_t> external_, left_, right_;
     std::vector<uint16_t> lengths_;  // the longest of all as the highest number; longer ones are looked up
-    mutable std::atomic<const Trie*> trie_{nullptr};
     std::shared_ptr<const Joints> joints_;
     std::vector<uint64_t> index_;  // hash of bytes: high half of the hash << 32 | internal number
     PairTable pairs_;

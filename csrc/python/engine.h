@@ -25,7 +25,7 @@ class Engine {
     std::unique_ptr<bpe::Encoder> take() {
         for (auto& slot : idle_)
             if (bpe::Encoder* e = slot.exchange(nullptr, std::memory_order_acquire)) return std::unique_ptr<bpe::Encoder>(e);
-        return std::make_unique<bpe::Encoder>(vocab, bpe::best_isa());
+        return bpe::Encoder::make(vocab, bpe::best_isa());
     }
     void give(std::unique_ptr<bpe::Encoder> encoder) {
         for (auto& slot : idle_) {

@@ -13,7 +13,6 @@ An argument that is neither understood nor known to be without effect raises: ig
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ from fastformer.integrations.plan import (
     packing_from_positions,
     plan_in,
 )
+from fastformer.integrations.scoped import Scoped
 from fastformer.nn.counters import count_fused
 from fastformer.ops.packing import Packing
 
 NAME = "fastformer"
 # Set around a base model's forward whose own code keeps output_attentions from its attention modules (GPT-2).
-WANTS_WEIGHTS: ContextVar[bool] = ContextVar("fastformer_wants_weights", default=False)
+WANTS_WEIGHTS: Scoped[bool] = Scoped("fastformer_wants_weights", False)
 
 # Bookkeeping of transformers that says nothing about which keys a query may see.
 _WITHOUT_EFFECT = frozenset(
@@ -106,7 +106,9 @@ def attention_forward(
         plan = _plan_of_mask(attention_mask)
     dense_mask = attention_mask if plan is None else None
     causal = next(c for c in (plan and plan.causal, is_causal, getattr(module, "is_causal", True)) if c is not None)
-    causal = causal and dense_mask is None and query.shape[2] > 1
+    # Decided here rather than handed on as a condition, which in a graph of any length would be a symbol.
+    if dense_mask is not None or query.shape[2] == 1:
+        causal = False
     packing = _packing(plan, query, key, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, dense_mask)
     window = plan.window if plan is not None else None
     if window is None and sliding_window is not None and dense_mask is None:
@@ -212,8 +214,8 @@ def _across(query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: dict
 
 
 def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """Attention of a padded batch to itself, without its padding; None if it has none or windows forbid."""
-    packing = packing_from_mask(mask)
+    """Attention of a padded batch to itself, without its padding; None if it has none, or windows or a graph forbid."""
+    packing = None if torch.compiler.is_compiling() else packing_from_mask(mask)
     if packing is None or (options["window"] is not None and not packing.contiguous):
         return None
     q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
@@ -223,7 +225,15 @@ def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: 
 def _biased(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, bias: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Packed rows with a bias of the padded batch's shape [1, heads, seqlen, seqlen]: padded for attention only."""
+    """Packed rows with a bias [1, heads, seqlen, seqlen] by the distance between two places of the padded batch."""
+    if bias.shape[-1] not in (1, packing.seqlen):
+        raise ValueError(f"position_bias must be for {packing.seqlen} places of a packed batch, got {bias.shape[-1]}")
+    if packing.contiguous:
+        # Distances within a sequence are the same wherever in its row it stands.
+        q, k, v = (t.transpose(1, 2).squeeze(0) for t in (query, key, value))
+        longest = packing.max_seqlen
+        mask = bias[..., :longest, :longest].to(query.dtype)
+        return _packed(q, k, v, packing, {**options, "attn_mask": mask})[None]
     q, k, v = (packing.pad(t.transpose(1, 2).squeeze(0)).transpose(1, 2) for t in (query, key, value))
     mask = bias.to(query.dtype).masked_fill(~packing.places()[:, None, None, :], -torch.inf)
     out = attend(q, k, v, attn_mask=mask, **options)

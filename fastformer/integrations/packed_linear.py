@@ -25,16 +25,23 @@ def project(module: Any, names: Sequence[str], hidden: Tensor) -> Sequence[Tenso
     Layers that are hooked, wrapped or not plain (adapters, quantisation), and parameters that something else keeps in a
     buffer of its own, are called one by one.
     """
+    if not lie_side_by_side(module, names, hidden):
+        return [getattr(module, name)(hidden) for name in names]
+    layers = [getattr(module, name) for name in names]
+    weight = _Joined.apply(*(layer.weight for layer in layers))
+    bias = None if layers[0].bias is None else _Joined.apply(*(layer.bias for layer in layers))
+    return F.linear(hidden, weight, bias).split([layer.weight.shape[0] for layer in layers], dim=-1)
+
+
+def lie_side_by_side(module: Any, names: Sequence[str], hidden: Tensor) -> bool:
+    """Whether the weights of the linear layers `names`, and their biases, are one matrix in memory, after moving them
+    there if they may be moved."""
     layers = [getattr(module, name) for name in names]
     if not _are_plain(layers, hidden):
-        return [layer(hidden) for layer in layers]
+        return False
     weights: list[Any] = [layer.weight for layer in layers]
     biases: list[Any] = [layer.bias for layer in layers if layer.bias is not None]
-    if not (_side_by_side(module, weights) and (not biases or _side_by_side(module, biases))):
-        return [layer(hidden) for layer in layers]
-    weight = _Joined.apply(*weights)
-    bias = _Joined.apply(*biases) if biases else None
-    return F.linear(hidden, weight, bias).split([w.shape[0] for w in weights], dim=-1)
+    return _side_by_side(module, weights) and (not biases or _side_by_side(module, biases))
 
 
 def separate(module: torch.nn.Module) -> None:
@@ -48,12 +55,14 @@ def _are_plain(layers: list[torch.nn.Module], hidden: Tensor) -> bool:
     if torch.compiler.is_compiling() or hidden.device.type == "meta":
         return False
     biased = {getattr(layer, "bias", None) is not None for layer in layers}
-    return len(biased) == 1 and all(
-        type(layer) is torch.nn.Linear
-        and not has_hooks(layer)
-        and all(type(p) is torch.nn.Parameter for p in layer.__dict__["_parameters"].values() if p is not None)
-        for layer in layers
-    )
+    return len(biased) == 1 and all(map(is_plain_linear, layers))
+
+
+def is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether a Linear may be read instead of called: no subclass, no hook, no parameter of another class."""
+    if type(layer) is not torch.nn.Linear or has_hooks(layer):
+        return False
+    return all(type(p) is torch.nn.Parameter for p in layer.__dict__["_parameters"].values() if p is not None)
 
 
 def _side_by_side(module: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> bool:

@@ -22,6 +22,11 @@ UNDO = "_fastformer_undo"
 
 @functools.cache
 def _swapped_class(original: type, behaviour: type) -> type:
+    # What a behaviour needs once a process; not in its forward, which torch.compile traces.
+    prepare = getattr(behaviour, "_prepare", None)
+    if prepare is not None:
+        prepare()
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         _, arguments, *rest = super(swapped, self).__reduce_ex__(max(int(protocol), 2))
         return (_rebuild, (original, behaviour, *arguments[1:]), *rest)

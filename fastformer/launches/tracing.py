@@ -2,8 +2,8 @@
 
 - The step runs on the CPU under a dispatch mode that sees every operator below autograd. PyTorch's own are counted as a
   GPU launches them (`cost`); dropout and attention, which a CPU composes of many, are swapped for what a GPU runs.
-  fastformer's launchers run as on a GPU, with launches that only count. What those compute is not computed, so numbers
-  of such a step mean nothing.
+  fastformer's launchers run as on a GPU, with launches that only count. But for what shapes hang on (`packing`) their
+  results are not computed, so numbers of such a step mean nothing.
 - In the backward pass an operator belongs to the module that made its autograd node: modules mark the nodes they add.
 """
 
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastformer.launches import cost
+from fastformer.launches.packing import COMPUTED
 from fastformer.ops import backend
 
 _MARK = "fastformer_module"
@@ -34,7 +35,7 @@ class Launch:
     Attributes:
         phase: "forward", "backward", "optimizer" or "loop" (whatever the step does between them).
         module: dotted name of the module, "" for none.
-        operator: PyTorch's name ("addmm") or the kernel's after "fastformer::".
+        operator: PyTorch's name ("addmm") or "fastformer::" and the kernel's ("norm.forward_tile").
         kernels: how many kernels.
     """
 
@@ -111,6 +112,8 @@ class _AsOnGpu(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.tolist:
+            self.tracer.host_reads += 1
         if function in (torch.nn.functional.dropout, torch.dropout):
             return self._dropout(*args, **kwargs)
         if function is torch.nn.functional.scaled_dot_product_attention:
@@ -146,7 +149,11 @@ def _counting(tracer: Tracer) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def count(self: Any, *args: Any, **kwargs: Any) -> None:
-        tracer.add(f"fastformer::{self.fn.__name__.strip('_')}", 1)
+        operator = self.fn.__module__.removeprefix("fastformer.kernels.").split(".")[0]
+        tracer.add(f"fastformer::{operator}.{self.fn.__name__.strip('_')}", 1)
+        if self.fn.__name__ in COMPUTED:
+            with torch.utils._python_dispatch._disable_current_modes():
+                COMPUTED[self.fn.__name__](*args)
 
     run = JITFunction.run
     JITFunction.run = count

@@ -48,6 +48,11 @@ def recording() -> Iterator[list[AttentionCall]]:
         _CALLS.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether somebody looks on in this thread."""
+    return _CALLS.get() is not None
+
+
 def record(
     query: Tensor,
     key: Tensor,

@@ -8,18 +8,31 @@ recomputed. Arithmetic is fp32 between load and store.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.operator import Kernel, Kind, Kinds, Operator, differentiate, is_plain, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
+_kinds = Kinds()
+
+
+class _Numbers(NamedTuple):
+    """What backward needs to know beside tensors; the dtypes are those of gate (and up), bias and residual."""
+
+    name: str
+    p: float
+    dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    residual_dtype: torch.dtype | None
+
 
 REFERENCES = {
     "identity": lambda x: x,
@@ -107,6 +120,29 @@ def _activate(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    key, known = _kinds.find((kind, p), gate, up, bias, residual, seed)
+    if known is None:
+        return _activate_anew(key, kind, name, gate, up, bias, residual, p, seed)
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(gate.device)
+    return known(gate, up, bias, residual, seed)
+
+
+def _activate_anew(
+    key: Any,
+    kind: str,
+    name: str,
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Check, choose and run; what was chosen is kept under `key` where later calls can take the same way."""
+    given = bias
     check_tensor(name, gate, dtypes=_DTYPES)
     if gate.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, got shape ()")
@@ -134,7 +170,37 @@ def _activate(
         seed = None
     elif seed is None:
         seed = draw_seed(device)
-    return _activation_op(gate, up, bias, residual, seed, kind, p, out_dtype)
+    tensors, rest = (gate, up, bias, residual, seed), (kind, p, out_dtype)
+    if key is not None and bias is given and is_plain(tensors):
+        run = kernels("activation").bind_forward(*tensors, *drop_numbers(p), kind, out_dtype)
+        if run is not None:
+            known = _kinds.keep(key, Kind(_activation_op, run, tensors, _numbers(*tensors, *rest)))
+            return known(*tensors)
+    return _activation_op(*tensors, *rest)
+
+
+def _bind(
+    numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor], saved: tuple[Tensor | None, ...]
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    name, p, dtype, bias_dtype, residual_dtype = numbers
+    dtypes = (dtype, dtype, bias_dtype, residual_dtype)
+    *wanted, dresidual = (dtype if need else None for dtype, need in zip(dtypes, needs, strict=False))
+    if not any(needs[:3]):
+        return None
+    run = kernels("activation").bind_backward(*grads, *saved, *drop_numbers(p), name, *wanted)
+    if run is None:
+        return None
+
+    def back(grads: tuple[Tensor], saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        return *run(dy, *saved), _residual_gradient(dy, dresidual), None
+
+    return back
+
+
+def _residual_gradient(dy: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Addition hands its gradient on as it is, like stock."""
+    return None if dtype is None else dy if dy.dtype == dtype else dy.to(dtype)
 
 
 def activation_reference(
@@ -163,21 +229,35 @@ def _forward_fake(gate, up, bias, residual, seed, kind, p, out_dtype):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, bias, residual, seed, kind, p, _ = inputs
+    ctx.numbers = _numbers(*inputs)
+    ctx.save_for_backward(*_saved(ctx.numbers, inputs, output))
+
+
+def _numbers(
+    gate: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    kind: str,
+    p: float,
+    out_dtype: torch.dtype,
+) -> _Numbers:
+    bias_dtype, residual_dtype = (None if t is None else t.dtype for t in (bias, residual))
+    return _Numbers(kind, p, gate.dtype, bias_dtype, residual_dtype)
+
+
+def _saved(numbers: _Numbers, tensors: tuple[Any, ...], results: Any) -> tuple[Tensor | None, ...]:
+    gate, up, bias, _, seed, *_ = tensors
     # The identity's slope needs no values: nothing but the seed is kept.
-    needed = kind != "identity" or up is not None
-    ctx.save_for_backward(gate if needed else None, up, bias if needed else None, seed)
-    ctx.numbers = kind, p
-    ctx.dtypes = (
-        gate.dtype,
-        None if bias is None else bias.dtype,
-        None if residual is None else residual.dtype,
-    )
+    if numbers.name == "identity" and up is None:
+        return None, None, None, seed
+    return gate, up, bias, seed
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     gate, up, bias, seed = ctx.saved_tensors
-    needs, (kind, p), (dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers, ctx.dtypes
+    needs, (kind, p, dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers
     dgate, dup, dbias = (dtype if needs[0] else None), (dtype if needs[1] else None), (bias_dtype if needs[2] else None)
     gradients: list[Tensor | None] = []
     if needs[0] or needs[1] or needs[2]:
@@ -185,16 +265,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     for place, wanted in enumerate((dgate, dup, dbias)):
         if wanted is None:
             gradients.insert(place, None)
-    # Addition hands its gradient on as it is, like stock.
-    residual = None
-    if needs[3]:
-        residual = dy if dy.dtype == residual_dtype else dy.to(residual_dtype)
-    return *gradients, residual, None, None, None, None
+    return *gradients, _residual_gradient(dy, residual_dtype if needs[3] else None), None, None, None, None
 
 
 def _second(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     gate, up, bias, seed = ctx.saved_tensors
-    needs, (kind, p), (dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers, ctx.dtypes
+    needs, (kind, p, dtype, bias_dtype, residual_dtype) = ctx.needs_input_grad, ctx.numbers
     residual = dy.to(residual_dtype) if needs[3] else None
     if gate is None:
         branch = dropout(dy.to(dtype), p, seed)
@@ -221,7 +297,7 @@ def _run_backward(
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     return kernels("activation").activation_backward(
-        dy, dy if gate is None else gate, up, bias, seed, *drop_numbers(p), kind, gate_dtype, up_dtype, bias_dtype
+        dy, gate, up, bias, seed, *drop_numbers(p), kind, gate_dtype, up_dtype, bias_dtype
     )
 
 
@@ -230,5 +306,7 @@ def _run_backward_fake(dy, gate, up, bias, seed, kind, p, *dtypes):
     return [dy.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
 
 
-_activation_op = Operator("activation", _forward, _forward_fake, _setup_context, _backward, _second)
+_activation_op = Operator(
+    "activation", _forward, _forward_fake, _setup_context, _backward, _second, saved=_saved, bind=_bind
+)
 _activation_backward = Kernel("activation_backward", _run_backward, _run_backward_fake)

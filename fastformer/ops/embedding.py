@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.norm import norm_reference
+from fastformer.ops.norm_operator import norm_reference
 from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor
@@ -181,14 +181,14 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if needs[4]:
         if place is None:
             length = ids.shape[-1]
-            places = dz.reshape(-1, length, dz.shape[-1]).sum(0)
-            dposition = F.pad(places, (0, 0, 0, position.shape[0] - length))
+            dposition = torch.zeros_like(position)
+            torch.sum(dz.reshape(-1, length, dz.shape[-1]), 0, out=dposition[:length])
         else:
             dposition = _scatter(dz, place, position.shape[0], -1, False)
     if needs[5]:
         if types is None:
-            whole = dz.reshape(-1, dz.shape[-1]).sum(0, keepdim=True)
-            dtype = F.pad(whole, (0, 0, 0, token_type.shape[0] - 1))
+            dtype = torch.zeros_like(token_type)
+            torch.sum(dz.reshape(-1, dz.shape[-1]), 0, out=dtype[0])
         else:
             dtype = _scatter(dz, types, token_type.shape[0], -1, False)
     return None, None, None, dword, dposition, dtype, dweight, dbias, *_NOTHING
@@ -221,7 +221,8 @@ def _run_backward(
         arguments = (dy, dy, None, None, seed, *drop_numbers(p), "identity", dy.dtype, None, None)
         (dy,) = kernels("activation").activation_backward(*arguments)
     kinds = (total.dtype, None, weight_dtype, bias_dtype)
-    return kernels("norm").norm_backward(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
+    run = kernels("norm_backward").norm_backward
+    return run(dy, None, total, stats, weight, None, None, *nothing, 0.0, False, *kinds)
 
 
 def _run_backward_fake(dy, total, stats, weight, seed, p, *dtypes):

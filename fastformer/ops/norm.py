@@ -14,15 +14,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.norm_operator import add_norm_op, affine_reference, norm_op, numbers_of
+from fastformer.ops.operator import Kind, Kinds, is_plain, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
+_kinds = Kinds()
 
 
 def layer_norm(
@@ -165,6 +166,31 @@ def _norm(
     want_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """The four functions in one: (normed, sum); the sum is meaningful only if `want_sum`."""
+    numbers = (p, eps, offset, rms, sum_dtype, out_dtype, want_sum)
+    key, known = _kinds.find(numbers, input, residual, weight, bias, row_scale, seed)
+    if known is None:
+        return _norm_anew(key, (input, residual, weight, bias, row_scale, seed), *numbers)
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(input.device)
+    found = known(input, residual, weight, bias, row_scale, seed)
+    return found if type(found) is tuple else (found, input)
+
+
+def _norm_anew(
+    key: Any,
+    given: tuple[Any, ...],
+    p: float,
+    eps: float | None,
+    offset: float,
+    rms: bool,
+    sum_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """Check, choose and run; what was chosen is kept under `key` where later calls can take the same way."""
+    input, residual, weight, bias, row_scale, seed = given
     _check(input, residual, weight, bias, row_scale, seed)
     if sum_dtype is None:
         sum_dtype = input.dtype
@@ -187,13 +213,20 @@ def _norm(
         seed = None
     elif seed is None:
         seed = draw_seed(device)
-    arguments = (
-        input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed, p, eps, offset, rms,
-        sum_dtype, out_dtype,
-    )  # fmt: skip
-    if want_sum or (residual is not None and torch.is_grad_enabled()):
-        return _add_norm_op(*arguments)
-    return _norm_op(*arguments), input
+    tensors = (input, residual, _unit_stride(weight), _unit_stride(bias), _unit_stride(row_scale), seed)
+    numbers = (p, eps, offset, rms, sum_dtype, out_dtype)
+    keep_sum = want_sum or (residual is not None and torch.is_grad_enabled())
+    copied = any(a is not b for a, b in zip(tensors[:5], given, strict=False))
+    if key is not None and not copied and is_plain(tensors):
+        run = kernels("norm").bind_forward(*tensors, *drop_numbers(p), *numbers[1:], keep_sum)
+        if run is not None:
+            # A second derivative takes its way through the sum, which is a result for its sake.
+            kind = Kind(norm_op, run, tensors, numbers_of(*tensors, *numbers), 2 if keep_sum else 1)
+            found = _kinds.keep(key, kind)(*tensors)
+            return found if keep_sum else (found, input)
+    if keep_sum:
+        return add_norm_op(*tensors, *numbers)
+    return norm_op(*tensors, *numbers), input
 
 
 def _check(
@@ -248,170 +281,5 @@ def _compose(
         if row_scale is not None:
             branch = (branch * row_scale.unsqueeze(-1)).to(branch.dtype)
         total = (residual + branch).to(sum_dtype)
-    out = _affine_reference(total, weight, bias, eps, offset, rms)
+    out = affine_reference(total, weight, bias, eps, offset, rms)
     return (out if out_dtype is None else out.to(out_dtype)), total
-
-
-def _affine_reference(
-    total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, rms: bool
-) -> Tensor:
-    if weight is not None and offset:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
-    return norm_reference(total, weight, bias, eps, rms)
-
-
-def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """LayerNorm or RMSNorm by PyTorch, in fp32 where it takes no mixture of dtypes; in fp64 the tests' reference."""
-    shape, dtype = total.shape[-1:], total.dtype
-    mixed = any(w is not None and w.dtype != dtype for w in (weight, bias))
-    mixed &= not autocasts(total.device)
-    if mixed:
-        total = total.float()
-        weight, bias = (None if w is None else w.float() for w in (weight, bias))
-    out = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return out.to(dtype) if mixed else out
-
-
-def _forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    eps: float,
-    offset: float,
-    rms: bool,
-    sum_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(normed, statistics), the sum not kept."""
-    return kernels("norm").norm_forward(
-        input, residual, weight, bias, row_scale, seed, *drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, False
-    )[::2]  # fmt: skip
-
-
-def _forward_sum(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    eps: float,
-    offset: float,
-    rms: bool,
-    sum_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed, sum, statistics)."""
-    return kernels("norm").norm_forward(
-        input, residual, weight, bias, row_scale, seed, *drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, True
-    )  # fmt: skip
-
-
-def _forward_fake(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype):
-    rows = input.numel() // input.shape[-1]
-    stats = input.new_empty((1 if rms else 2, rows), dtype=torch.float32)
-    return input.new_empty(input.shape, dtype=out_dtype), stats
-
-
-def _forward_sum_fake(input, *rest):
-    out, stats = _forward_fake(input, *rest)
-    return out, input.new_empty(input.shape, dtype=rest[-2]), stats
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, _, out_dtype = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if len(output) == 3 else input, output[-1], weight, bias, row_scale, seed)
-    ctx.numbers = p, offset, rms
-    ctx.kinds = (
-        input.dtype,
-        None if residual is None else residual.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-    )
-    ctx.again = eps, out_dtype
-
-
-_NOTHING = (None,) * 8
-
-
-def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
-    if dy is None and dz is None:
-        return None, None, None, None, *_NOTHING
-    total, stats, weight, _, row_scale, seed = ctx.saved_tensors
-    needs, kinds = ctx.needs_input_grad, ctx.kinds
-    dx, dr = kinds[0] if needs[0] else None, kinds[1] if needs[1] else None
-    dw, db = kinds[2] if needs[2] else None, kinds[3] if needs[3] else None
-    # Without dropout or row scale the branch and the residual get the same gradient: one tensor, as stock addition.
-    shared = dx is not None and dx == dr and seed is None and row_scale is None
-    if dy is None:
-        dy = torch.zeros_like(total)
-    found = _norm_backward(
-        dy, dz, total, stats, weight, row_scale, seed, *ctx.numbers, None if shared else dx, dr, dw, db
-    )
-    if shared:
-        found.insert(0, found[0])
-    return _spread(found, dx, dr, dw, db)
-
-
-def _spread(found: list[Tensor], *wanted: torch.dtype | None) -> tuple[Any, ...]:
-    """The gradients found in the places of those wanted, and None for every other argument."""
-    if None not in wanted:
-        return *found, *_NOTHING
-    each = iter(found)
-    return *(None if dtype is None else next(each) for dtype in wanted), *_NOTHING
-
-
-def _second(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
-    total, _, weight, bias, row_scale, seed = ctx.saved_tensors
-    (p, offset, rms), (eps, out_dtype), kinds = ctx.numbers, ctx.again, ctx.kinds
-
-    def reference(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _affine_reference(total, weight, bias, eps, offset, rms).to(out_dtype)
-
-    gradient, dw, db = differentiate("norm", reference, (total, weight, bias), (dy,))
-    parts = [part.to(total.dtype) for part in (gradient, dz) if part is not None]
-    if not parts:
-        return None, None, dw, db, *_NOTHING
-    whole = sum(parts[1:], parts[0])
-    branch = whole if row_scale is None else whole * row_scale.unsqueeze(-1)
-    branch = dropout(branch, p, seed)
-    return branch.to(kinds[0]), None if kinds[1] is None else whole.to(kinds[1]), dw, db, *_NOTHING
-
-
-def _run_backward(
-    dy: Tensor,
-    dz: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    offset: float,
-    rms: bool,
-    input_dtype: torch.dtype | None,
-    residual_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    return kernels("norm").norm_backward(
-        dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(p), offset, rms,
-        input_dtype, residual_dtype, weight_dtype, bias_dtype,
-    )  # fmt: skip
-
-
-def _run_backward_fake(dy, dz, total, stats, weight, row_scale, seed, p, offset, rms, *dtypes):
-    shapes = (total.shape, total.shape, total.shape[-1:], total.shape[-1:])
-    return [total.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True) if d is not None]
-
-
-# Two registrations of one function: a norm alone has a single result, which is cheaper to hand out than two.
-_norm_op = Operator("norm", _forward, _forward_fake, _setup_context, _backward, _second, visible=1)
-_add_norm_op = Operator("add_norm", _forward_sum, _forward_sum_fake, _setup_context, _backward, _second, visible=2)
-_norm_backward = Kernel("norm_backward", _run_backward, _run_backward_fake)

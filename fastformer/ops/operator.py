@@ -4,6 +4,8 @@
 - The *full* route, everywhere else (torch.compile, export, fake tensors, tensor subclasses, dispatch modes):
   `torch.library.custom_op` with its fake and autograd registrations.
 - Both share the same forward, backward and `setup_context`, so they cannot drift apart.
+- A repeated call on the light route finds what the first one of its kind has checked, chosen and prepared (`Kind`), and
+  goes straight to the launch.
 
 At BERT widths a layer's operators take a few us of GPU time each, so the host side of a call decides: the light route
 is written for it, and `bench/host.py` measures it.
@@ -31,6 +33,10 @@ _NO_TENSOR = frozenset({NoneType, bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
+_autocasts = torch._C._is_any_autocast_enabled
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# Kinds of calls that an operator remembers; a training step makes a few of each.
+KEPT = 1024
 
 
 @functools.cache
@@ -42,6 +48,85 @@ def kernels(name: str) -> ModuleType:
 def _is_watched() -> bool:
     """Whether more than eager autograd is to see a call. A mode that stands in for launches sees them by itself."""
     return _is_compiling() or _functorch_level() is not None or (_dispatch_modes() > 0 and not backend.is_standing_in())
+
+
+class Kind:
+    """One kind of call of an operator: what its calls share, derived by the first of them.
+
+    Attributes:
+        operator: whose calls they are; `tensors` of the first one and `visible`, how many results a call hands out.
+        run: launches forward, `run(*tensors)` → the function's results; tensors are its leading arguments.
+        recorded: whether autograd is to see the call.
+        numbers: what else backward needs to know, which no tensor tells.
+        shown: picks the results that a call hands out.
+        back: `back(grads, saved)` launches backward and returns a gradient (or None) for each tensor; None where the
+            operator's own backward runs.
+        layout: dtypes and strides of the last backward's gradients, for which `back` was made.
+        hooked: whether hooks hold saved tensors elsewhere meanwhile, which may lay them out anew; `layout` covers them.
+    """
+
+    __slots__ = ("back", "hooked", "layout", "numbers", "operator", "recorded", "run", "shown")
+
+    def __init__(
+        self,
+        operator: Operator,
+        run: Callable[..., Any],
+        tensors: Sequence[Tensor | None],
+        numbers: Any,
+        visible: int | None = None,
+    ) -> None:
+        self.operator, self.run, self.numbers = operator, run, numbers
+        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        # With forward-mode derivatives autograd says that there are none, instead of dropping the tangent.
+        self.recorded = needs or forward_ad._current_level >= 0
+        self.shown = _first_ones(visible)
+        self.back: Callable[..., tuple[Tensor | None, ...]] | None = None
+        self.layout: list[Any] | None = None
+        self.hooked = _saved_tensors_hooks(True) is not None
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        if self.recorded:
+            return self.operator.apply_kind(*tensors, self)
+        return self.shown(self.run(*tensors))
+
+
+class Kinds:
+    """The kinds of calls of one function, found by all that decides on checks, route and launches."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Kind] = {}
+
+    def find(self, numbers: Any, *tensors: Tensor | None) -> tuple[Any, Kind | None]:
+        """(key of a call, its kind if that is known); (None, None) for calls that take no kind's way: watched ones, and
+        those whose arguments are wrong or strange. The first tensor's device decides on autocast."""
+        if _is_watched():
+            return None, None
+        try:
+            key = (
+                numbers,
+                torch.is_grad_enabled(),
+                forward_ad._current_level,
+                _saved_tensors_hooks(True) is None,
+                _autocasts() and backend.autocasts(tensors[0].device),  # type: ignore[union-attr]
+                backend.state(),
+                *[
+                    None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+                    for t in tensors
+                ],
+            )  # fmt: skip
+            return key, self.found.get(key)
+        except (AttributeError, RuntimeError, TypeError):
+            # No tensor, or one without strides: the checks that follow say so.
+            return None, None
+
+    def keep(self, key: Any, kind: Kind) -> Kind:
+        """Remember a kind of call whose arguments are right and all of `is_plain`."""
+        if len(self.found) >= KEPT:
+            self.found.clear()
+        self.found[key] = kind
+        return kind
 
 
 def is_plain(args: Sequence[Any]) -> bool:
@@ -108,6 +193,9 @@ class Operator(Kernel):
         visible: how many of the function's results, the first ones, a call hands out (one: as a tensor); the rest are
             for backward alone and have no derivative. On the light route they are no outputs, which saves their
             bookkeeping. None: all of them.
+        saved: `(numbers, tensors, results)`, what setup_context saves, for calls of a `Kind`; `ctx.numbers` is the
+            kind's.
+        bind: `(numbers, needs, grads, saved)`, a kind's `back` for tensors laid out like these, or None.
     """
 
     def __init__(
@@ -119,9 +207,11 @@ class Operator(Kernel):
         backward: Callable[..., Any],
         second: Callable[..., Any] | None = None,
         visible: int | None = None,
+        saved: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        bind: Callable[..., Callable[..., Any] | None] | None = None,
     ) -> None:
         super().__init__(name, function, fake)
-        shown = self._shown = _first_ones(visible)
+        shown = self.shown = _first_ones(visible)
 
         def guarded(ctx: Any, *grads: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -146,31 +236,57 @@ class Operator(Kernel):
                 ctx.mark_non_differentiable(*(ctx.non_differentiable or ()), *output[visible:])
 
         self.op.register_autograd(guarded, setup_context=setup)
-        self.light: Any = type(
-            f"{name}_light",
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(forward),
-                "backward": staticmethod(guarded),
-            },
-        )
-        # Function.apply only adds what functorch needs, and the call below has seen that it is not at work.
-        self.apply_light = super(torch.autograd.Function, self.light).apply  # type: ignore[misc]
+        self.apply_light = _apply(f"{name}_light", forward, guarded)
+        if saved is not None and bind is not None:
+
+            def forward_of_kind(ctx: Any, *args: Any) -> Any:
+                kind = ctx.kind = args[-1]
+                numbers = ctx.numbers = kind.numbers
+                results = kind.run(*args[:-1])
+                ctx.save_for_backward(*saved(numbers, args, results))
+                shown = kind.shown(results)
+                if type(shown) is tuple:
+                    ctx.set_materialize_grads(False)
+                return shown
+
+            def backward_of_kind(ctx: Any, *grads: Any) -> Any:
+                if not torch.is_grad_enabled() and not _is_watched():
+                    kind, tensors = ctx.kind, ctx.saved_tensors
+                    laid = (*grads, *tensors) if kind.hooked else grads
+                    layout = [None if t is None else (t.dtype, t.stride()) for t in laid]
+                    if layout != kind.layout:
+                        kind.back = bind(kind.numbers, ctx.needs_input_grad, grads, tensors)
+                        kind.layout = layout
+                    if kind.back is not None:
+                        return *kind.back(grads, tensors), None
+                return guarded(ctx, *grads)[: len(ctx.needs_input_grad)]
+
+            self.apply_kind = _apply(f"{name}_kind", forward_of_kind, backward_of_kind)
 
     def __call__(self, *args: Any) -> Any:
         if _is_watched():
-            return self._shown(self.op(*args))
+            return self.shown(self.op(*args))
         needs = False
         for a in args:
             kind = type(a)
             if kind in _PLAIN:
                 needs = needs or a.requires_grad
             elif kind not in _NO_TENSOR and isinstance(a, Tensor):
-                return self._shown(self.op(*args))
+                return self.shown(self.op(*args))
         # Forward-mode derivatives go there too: PyTorch then says that there are none, instead of dropping the tangent.
         if (needs and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return self.apply_light(*args)
-        return self._shown(self.function(*args))
+        return self.shown(self.function(*args))
+
+
+def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of an autograd Function, without what it does for functorch: callers have seen that it is not at work."""
+    function: Any = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+    # Called as it is, without BackwardCFunction's choice between backward and vjp.
+    function._backward_cls.apply = backward
+    return super(torch.autograd.Function, function).apply
 
 
 def _first_ones(count: int | None) -> Callable[[Any], Any]:
@@ -178,7 +294,7 @@ def _first_ones(count: int | None) -> Callable[[Any], Any]:
         return lambda output: output
     if count == 1:
         return lambda output: output[0]
-    return lambda output: output[:count]
+    return lambda output: tuple(output[:count])
 
 
 def differentiate(

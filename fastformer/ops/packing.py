@@ -5,6 +5,7 @@
 - `Packing` is computed once per batch from the mask and used by every layer. On a GPU that costs one host read (the
   lengths): shapes of packed tensors live on the host. It is the only one.
 - Packing and padding are each other's gradient: both are copies by unique indices, so no atomic additions.
+- Where kernels run, `fastformer.kernels.packing` does it in a launch each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastformer.ops.backend import backend_for
+from fastformer.ops.operator import is_plain, kernels, on_its_device
+from fastformer.ops.validate import FLOATS
 
 # On a GPU, matrix products want a token count that is a multiple of a tile; the surplus rows belong to no sequence.
 GPU_TOKEN_MULTIPLE = 64
@@ -31,6 +36,8 @@ class Packing:
         rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
         starts_real: whether the first place of every padded row that has real tokens is one of them.
         contiguous: whether the real tokens of every padded row stand side by side.
+        inverse: int64 [batch * seqlen], packed token of each place or -1; None where nobody has made it.
+        place: what `positions` gives; None where nobody has made it.
     """
 
     indices: Tensor
@@ -42,6 +49,8 @@ class Packing:
     rows: int
     starts_real: bool = True
     contiguous: bool = True
+    inverse: Tensor | None = None
+    place: Tensor | None = None
 
     @staticmethod
     def from_mask(mask: Tensor) -> Packing:
@@ -70,14 +79,14 @@ class Packing:
         for mask in masks:
             if mask.ndim != 2:
                 raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
-        real = [mask != 0 for mask in masks]
-        facts = [_facts(r) for r in real]
+        fused = all(map(_is_for_kernels, masks))
+        facts = [_fused_facts(mask) if fused else _facts(mask != 0) for mask in masks]
         # The one wait for the device: lengths decide the shapes of everything that follows.
         read = (facts[0] if len(facts) == 1 else torch.cat(facts)).tolist()
         packings = []
-        for r in real:
-            packings.append(_from_real(r, read[: r.shape[0]]))
-            del read[: r.shape[0]]
+        for mask, found in zip(masks, facts, strict=True):
+            packings.append(_from_facts(mask, read[: mask.shape[0]], found if fused else None))
+            del read[: mask.shape[0]]
         return packings
 
     @staticmethod
@@ -117,6 +126,8 @@ class Packing:
 
     def positions(self) -> Tensor:
         """Place of each packed token in its own sequence of the padded batch: int64 [1, rows]."""
+        if self.place is not None:
+            return self.place
         places = torch.zeros(1, self.rows, dtype=torch.int64, device=self.indices.device)
         places[0, : self.tokens] = self.indices % self.seqlen
         return places
@@ -131,13 +142,14 @@ class Packing:
         if padded.shape[:2] != (self.batch, self.seqlen):
             raise ValueError(f"padded must have shape ({self.batch}, {self.seqlen}, ...), got {tuple(padded.shape)}")
         flat = padded.flatten(0, 1)
-        return flat if self.is_whole else _Pack.apply(flat, self.indices, self.rows)
+        return flat if self.is_whole else _Pack.apply(flat, self.indices, self.inverse, self.rows)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[rows, ...] to [batch, seqlen, ...]; places without a token are zero."""
         if packed.shape[0] != self.rows:
             raise ValueError(f"packed must have {self.rows} rows, got shape {tuple(packed.shape)}")
-        flat = packed if self.is_whole else _Pad.apply(packed, self.indices, self.batch * self.seqlen)
+        size = self.batch * self.seqlen
+        flat = packed if self.is_whole else _Pad.apply(packed, self.indices, self.inverse, size)
         return flat.unflatten(0, (self.batch, self.seqlen))
 
 
@@ -148,29 +160,65 @@ def _facts(real: Tensor) -> Tensor:
     return torch.stack((real.sum(dim=1), real[:, :1].sum(dim=1), rises.sum(dim=1)), dim=1)
 
 
-def _from_real(real: Tensor, facts: list[list[int]]) -> Packing:
-    """Packing of bool [batch, seqlen], of whose rows `_facts` is known on the host."""
-    batch, seqlen = real.shape
-    lengths = [length for length, _, _ in facts]
-    starts_real = all(first or not length for length, first, _ in facts)
-    contiguous = all(first + risen <= 1 for _, first, risen in facts)
+def _is_for_kernels(mask: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not is_plain((mask,)) or not mask.numel():
+        return False
+    return backend_for(mask.device) == "triton" and mask.shape[0] <= kernels("packing").MOST_SEQUENCES
+
+
+@on_its_device
+def _fused_facts(mask: Tensor) -> Tensor:
+    return kernels("packing").mask_facts(mask)
+
+
+@on_its_device
+def _fused_places(mask: Tensor, facts: Tensor, tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return kernels("packing").mask_places(mask, facts, tokens, rows)
+
+
+@on_its_device
+def _fused_move(source: Tensor, places: Tensor, rows: int) -> Tensor:
+    return kernels("packing").move_rows(source, places, rows)
+
+
+def _from_facts(mask: Tensor, read: list[list[int]], facts: Tensor | None) -> Packing:
+    """Packing of a mask of whose rows `_facts` is known on the host; facts: for the kernels, None to do without."""
+    batch, seqlen = mask.shape
+    lengths = [length for length, _, _ in read]
+    starts_real = all(first or not length for length, first, _ in read)
+    contiguous = all(first + risen <= 1 for _, first, risen in read)
     tokens = sum(lengths)
-    multiple = GPU_TOKEN_MULTIPLE if real.device.type == "cuda" else 1
+    multiple = GPU_TOKEN_MULTIPLE if mask.device.type == "cuda" else 1
     rows = -(-tokens // multiple) * multiple
-    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    flat = real.flatten()
-    if real.device.type == "cpu":
-        indices = flat.nonzero().squeeze(1)
+    inverse = place = None
+    if facts is not None:
+        indices, inverse, cu_seqlens, place = _fused_places(mask, facts, tokens, rows)
     else:
-        # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
-        indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
-        cu_seqlens = cu_seqlens.to(real.device, non_blocking=True)
+        flat = (mask != 0).flatten()
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        if mask.device.type == "cpu":
+            indices = flat.nonzero().squeeze(1)
+        else:
+            # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
+            indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
+            cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
     longest = max(lengths, default=0)
-    return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous)
+    return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous, inverse, place)
+
+
+def _is_for_moving(source: Tensor, places: Tensor | None) -> bool:
+    if places is None or not is_plain((source, places)) or not source.numel() or source.dtype not in _MOVED:
+        return False
+    return backend_for(source.device) == "triton"
+
+
+_MOVED = (*FLOATS, torch.int64, torch.int32)
 
 
 def _gather(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
+    if _is_for_moving(flat, indices):
+        return _fused_move(flat, indices, rows)
     if rows == indices.shape[0]:
         return flat.index_select(0, indices)
     out = flat.new_zeros(rows, *flat.shape[1:])
@@ -178,40 +226,40 @@ def _gather(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
     return out
 
 
-def _scatter(packed: Tensor, indices: Tensor, size: int) -> Tensor:
+def _scatter(packed: Tensor, indices: Tensor, inverse: Tensor | None, size: int) -> Tensor:
+    if inverse is not None and _is_for_moving(packed, inverse):
+        return _fused_move(packed, inverse, size)
     out = packed.new_zeros(size, *packed.shape[1:])
     return out.index_copy_(0, indices, packed[: indices.shape[0]])
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(flat: Tensor, indices: Tensor, rows: int) -> Tensor:
+    def forward(flat: Tensor, indices: Tensor, inverse: Tensor | None, rows: int) -> Tensor:
         return _gather(flat, indices, rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        flat, indices, _ = inputs
-        ctx.save_for_backward(indices)
+        flat, indices, inverse, _ = inputs
+        ctx.save_for_backward(indices, inverse)
         ctx.size = flat.shape[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (indices,) = ctx.saved_tensors
-        return _Pad.apply(grad, indices, ctx.size), None, None
+        return _Pad.apply(grad, *ctx.saved_tensors, ctx.size), None, None, None
 
 
 class _Pad(torch.autograd.Function):
     @staticmethod
-    def forward(packed: Tensor, indices: Tensor, size: int) -> Tensor:
-        return _scatter(packed, indices, size)
+    def forward(packed: Tensor, indices: Tensor, inverse: Tensor | None, size: int) -> Tensor:
+        return _scatter(packed, indices, inverse, size)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        packed, indices, _ = inputs
-        ctx.save_for_backward(indices)
+        packed, indices, inverse, _ = inputs
+        ctx.save_for_backward(indices, inverse)
         ctx.rows = packed.shape[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (indices,) = ctx.saved_tensors
-        return _Pack.apply(grad, indices, ctx.rows), None, None
+        return _Pack.apply(grad, *ctx.saved_tensors, ctx.rows), None, None, None

@@ -56,7 +56,13 @@ def _checkpointing() -> Any:
 
 @contextlib.contextmanager
 def drawn_together(count: int) -> Iterator[None]:
-    """The next `count` seeds come from one draw, at the first of them; one launch instead of several."""
+    """The next `count` seeds come from one draw, at the first of them; one launch instead of several.
+
+    Inside another one whose seeds suffice, seeds are that one's.
+    """
+    if _draws.left >= count and _draws.state == _checkpointing():
+        yield
+        return
     before = _draws.left, _draws.seeds, _draws.state
     _draws.left, _draws.seeds, _draws.state = count, None, _checkpointing()
     try:

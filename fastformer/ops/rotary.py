@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, Operator, is_plain, kernels, on_its_device, say_once
+from fastformer.ops.operator import Kernel, Kind, Kinds, Operator, is_plain, kernels, on_its_device, say_once
 from fastformer.ops.validate import FLOATS, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
+_kinds = Kinds()
+
+
+class _Numbers(NamedTuple):
+    """What backward needs to know beside tensors, which may be laid out as the caller gave them.
+
+    Attributes:
+        table: (P, R / 2), shape of cos and sin; tokens: (B, S), of the positions.
+        packed: whether query and key are (T, H, D) and not (B, S, H, D).
+    """
+
+    interleaved: bool
+    by_token: bool
+    table: tuple[int, ...]
+    tokens: tuple[int, ...]
+    has_key: bool
+    packed: bool
 
 
 def rotary_embedding(
@@ -46,6 +64,11 @@ def rotary_embedding(
         TypeError, ValueError: an argument of another type, dtype, shape, device or memory layout.
         RuntimeError: autograd's own, `inplace` on a view that it does not let be modified (of split, chunk, unbind).
     """
+    mark, known = (None, None) if inplace else _kinds.find(interleaved, query, key, cos, sin, position_ids)
+    if known is not None:
+        turned = known(query, key, cos, sin, position_ids)
+        return (turned, None) if key is None else turned
+    given = (query, key, cos, sin, position_ids)
     check_tensor("query", query, dtypes=_DTYPES)
     if query.ndim not in (3, 4):
         raise ValueError(f"query must be (B, S, H, D) or (T, H, D), got shape {tuple(query.shape)}")
@@ -90,6 +113,12 @@ def rotary_embedding(
         if inplace and is_plain((query, key)):
             _turn_in_place(q, k, cos, sin, *options)
             return query, key
+        operands = (cos, sin, position_ids)
+        if mark is not None and _same_memory(operands, given[2:]) and is_plain(given):
+            run = kernels("rotary").bind(query, key, *operands, interleaved, by_token, False)
+            numbers = _Numbers(interleaved, by_token, cos.shape, tokens, key is not None, packed)
+            turned = _kinds.keep(mark, Kind(_rotary_op, run, given, numbers, 1 if key is None else 2))(*given)
+            return (turned, None) if key is None else turned
         q_out, k_out = _rotary_op(q, k, cos, sin, *options)
     assert q_out is not None
     if packed:
@@ -97,6 +126,10 @@ def rotary_embedding(
     if inplace:
         return query.copy_(q_out), None if key is None or k_out is None else key.copy_(k_out)
     return q_out, None if key is None else k_out
+
+
+def _same_memory(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    return all(a is None or b is None or a.data_ptr() == b.data_ptr() for a, b in zip(tensors, others, strict=True))
 
 
 def _check_inplace(query: Tensor, key: Tensor | None) -> None:
@@ -211,38 +244,76 @@ def _forward_fake(query, key, cos, sin, position, interleaved, by_token):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, key, cos, sin, position, interleaved, by_token = inputs
+    query, key, cos, _, _, interleaved, by_token = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cos, sin, position)
-    ctx.options = (interleaved, by_token, True)
-    ctx.has_key = key is not None
+    ctx.numbers = _Numbers(interleaved, by_token, cos.shape, query.shape[:2], key is not None, False)
+    ctx.save_for_backward(*_saved(ctx.numbers, inputs, output))
 
 
-def _backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
-    if dquery is not None and dkey is not None and ctx.has_key:
-        return *_turn(dquery, dkey, *ctx.saved_tensors, *ctx.options), *_NOTHING
-    found_query = None if dquery is None else _turn(dquery, None, *ctx.saved_tensors, *ctx.options)[0]
-    found_key = None
-    if ctx.has_key and dkey is not None:
-        (found_key,) = _turn(dkey, None, *ctx.saved_tensors, *ctx.options)
-    return found_query, found_key, *_NOTHING
+def _saved(numbers: _Numbers, tensors: tuple[Any, ...], results: Any) -> tuple[Tensor | None, ...]:
+    """cos, sin, positions."""
+    return tensors[2:5]
+
+
+def _tables(numbers: _Numbers, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """cos and sin (P, R / 2), positions (B, S)."""
+    cos, sin, position = saved
+    position = None if position is None else position.reshape(numbers.tokens)
+    return cos.reshape(numbers.table), sin.reshape(numbers.table), position
+
+
+def _bind(
+    numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    tables, present = _tables(numbers, saved), [g for g in grads if g is not None]
+    if not present or not _same_memory(tables, saved):
+        return None
+    options = (numbers.interleaved, numbers.by_token, True)
+    run = kernels("rotary").bind(present[0], present[1] if len(present) == 2 else None, *tables, *options)
+
+    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        dquery, dkey = grads if len(grads) == 2 else (*grads, None)
+        if dquery is None:
+            return None, *run(dkey, None, *saved), None, None, None
+        found = run(dquery, dkey, *saved)
+        return found[0], None if dkey is None else found[1], None, None, None
+
+    return back
+
+
+def _through(ctx: Any, grads: tuple[Any, ...], turn: Callable[..., Any]) -> tuple[Any, ...]:
+    """`turn(dquery, dkey, cos, sin, positions, interleaved, by_token)` of (B, S, H, D), on gradients as they come."""
+    numbers = ctx.numbers
+    dquery, dkey = grads if numbers.has_key else (grads[0], None)
+    dquery, dkey = (g.unsqueeze(0) if g is not None and numbers.packed else g for g in (dquery, dkey))
+    tables = _tables(numbers, ctx.saved_tensors)
+    found = turn(dquery, dkey, *tables, numbers.interleaved, numbers.by_token)
+    return *(g.squeeze(0) if g is not None and numbers.packed else g for g in found), *_NOTHING
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def turn(dquery: Tensor | None, dkey: Tensor | None, *rest: Any) -> Sequence[Tensor | None]:
+        if dquery is not None and dkey is not None:
+            return _turn(dquery, dkey, *rest, True)
+        return [None if g is None else _turn(g, None, *rest, True)[0] for g in (dquery, dkey)]
+
+    return _through(ctx, grads, turn)
 
 
 _NOTHING = (None,) * 5
 
 
-def _second(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
-    cos, sin, position = ctx.saved_tensors
-    interleaved, by_token, _ = ctx.options
-
-    def back(x: Tensor | None) -> Tensor | None:
-        return None if x is None else rotary_reference(x, cos, -sin, position, interleaved, by_token)
+def _second(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def turn(dquery: Tensor | None, dkey: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any) -> list[Tensor | None]:
+        return [None if g is None else rotary_reference(g, cos, -sin, *rest) for g in (dquery, dkey)]
 
     say_once("rotary_embedding")
-    return back(dquery), back(dkey) if ctx.has_key else None, *_NOTHING
+    return _through(ctx, grads, turn)
 
 
-_rotary_op = Operator("rotary_embedding", _forward, _forward_fake, _setup_context, _backward, _second)
+_rotary_op = Operator(
+    "rotary_embedding", _forward, _forward_fake, _setup_context, _backward, _second, saved=_saved, bind=_bind
+)
 _turn = Kernel("rotary_embedding_turn", _run, _run_fake)
 
 

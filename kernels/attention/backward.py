@@ -20,19 +20,26 @@ from fastformer.kernels.targets import hopper_chosen, target_of
 
 
 def attention_backward(
-    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a call.
 
     Args:
         call: as in forward. out, lse: what forward returned. grad_out: like out, last stride 1.
         grad_lse: like lse, any strides, or None.
+        into: memory for dQ, dK, dV, shaped as query, key, value, last stride 1; None: allocated here, laid out as
+            (B, S, H, D).
 
     Returns:
-        dQ, dK, dV laid out as (B, S, H, D) in memory, and delta (like lse): rowsum(dO * O) - dLSE.
+        dQ, dK, dV, and delta (like lse): rowsum(dO * O) - dLSE.
     """
     query, key, value = call.query, call.key, call.value
-    dq, dk, dv = (call.empty_like(x) for x in (query, key, value))
+    dq, dk, dv = into or (call.empty_like(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
     l_sb, l_sh = (0, query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
     dl_strides: tuple[int, ...]
@@ -88,11 +95,10 @@ def attention_backward(
             return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
         return backward_key, (programs,), others, {**call.constants, **config.options(target)}
 
-    hopper = hopper_chosen(query.device)
-    if call.short_backward and not hopper:
+    if call.short_backward and not hopper_chosen(query.device):
         if query.numel() or key.numel() or value.numel():
             call.launch(
-                ("short backward", grad_out.stride(), dl_strides),
+                ("short backward", grad_out.stride(), dl_strides, dq.stride(), dk.stride(), dv.stride()),
                 (
                     query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, call.mask, call.slopes, call.seed,
                     call.cu_q, call.cu_k,
@@ -100,22 +106,25 @@ def attention_backward(
                 prepare_short,
             )  # fmt: skip
         return dq, dk, dv, delta
-    if query.numel() or out.numel():
+    hopper = False
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
+
+        hopper = hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq)
+    if (query.numel() or out.numel()) and not hopper:
         call.launch(
-            ("dQ", out.stride(), grad_out.stride(), dl_strides),
+            ("dQ", out.stride(), grad_out.stride(), dl_strides, dq.stride()),
             (
                 query, key, value, out, grad_out, lse, grad_lse, delta, dq, call.mask, call.slopes, call.seed,
                 call.cu_q, call.cu_k,
             ),
             prepare_query,
         )  # fmt: skip
-    if hopper:
-        from fastformer.kernels.attention.hopper import hopper_backward_key
-
+    if hopper_chosen(query.device):
         hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
     if (key.numel() or value.numel()) and not hopper:
         call.launch(
-            ("dK and dV", grad_out.stride()),
+            ("dK and dV", grad_out.stride(), dk.stride(), dv.stride()),
             (
                 query, key, value, grad_out, lse, delta, dk, dv, call.mask, call.slopes, call.seed,
                 call.cu_q, call.cu_k,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastformer.kernels.loss import cross_entropy_backward, cross_entropy_forward
+from fastformer.kernels.loss import cross_entropy_backward, cross_entropy_forward, reduce_losses
 
 
 def _case(v: int, dtype: torch.dtype, weighted: bool, smoothing: float, softcap: float) -> Callable[[], None]:
@@ -17,9 +17,11 @@ def _case(v: int, dtype: torch.dtype, weighted: bool, smoothing: float, softcap:
         logits, goal = meta(4096, v), meta(4096, dtype=torch.int64)
         weight = meta(v, dtype=torch.float32) if weighted else None
         options = (-100, smoothing, 1e-4, softcap)
-        _, row_weight, lse = cross_entropy_forward(logits, goal, weight, *options)
+        losses, row_weight, lse = cross_entropy_forward(logits, goal, weight, *options)
+        # A mean's gradient is divided by its sum of weights.
+        total = reduce_losses(losses, row_weight, True, dtype)[1] if smoothing else None
         dloss = meta(4096, dtype=torch.float32)
-        cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, True)
+        cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, True, total)
 
     return run
 

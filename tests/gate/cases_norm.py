@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from fastformer.kernels.norm import norm_backward, norm_forward
+from fastformer.kernels.norm import norm_forward
+from fastformer.kernels.norm_backward import norm_backward
 
 # One width of each class: padded and full single tiles, the widest tiles of either direction, walked rows.
 WIDTHS = (100, 768, 2048, 4096, 8192, 16384, 65536)

@@ -150,13 +150,24 @@ def test_second_derivative_of_packed_attention(is_causal, device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_second_derivative_of_dropout_needs_its_seed(device, interpreting):
-    if interpreting or device.type != "cpu":
-        pytest.skip("the kernels always have a seed")
+@pytest.mark.filterwarnings("ignore:fastformer")
+def test_second_derivative_of_dropout(device):
+    """Along a direction, against a difference of first derivatives under the same draws."""
     leaves, bounds = packed_leaves(device)
-    out = attention_varlen(*leaves, *bounds, dropout_p=0.5)
-    with pytest.raises(RuntimeError, match="only with a dropout_seed"):
-        torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    steps = [torch.randn_like(leaf) for leaf in leaves]
+
+    def slope(moved, create_graph):
+        torch.manual_seed(3)
+        out = attention_varlen(*moved, *bounds, dropout_p=0.5)
+        grads = torch.autograd.grad(out.square().sum(), moved, create_graph=create_graph)
+        return sum((g * s).sum() for g, s in zip(grads, steps, strict=True))
+
+    second = torch.autograd.grad(slope(leaves, True), leaves)
+    ahead, behind = ([(x + t * s).detach().requires_grad_() for x, s in zip(leaves, steps, strict=True)]
+                     for t in (5e-3, -5e-3))  # fmt: skip
+    difference = (slope(ahead, False) - slope(behind, False)) / 1e-2
+    along = sum((g * s).sum() for g, s in zip(second, steps, strict=True))
+    torch.testing.assert_close(along, difference, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.filterwarnings("ignore:fastformer")

@@ -101,25 +101,30 @@ def test_fuzz(number, device, interpreting, poisoned):
     check(*packed_case(number, device, dtypes))
 
 
+@pytest.mark.parametrize("lengths", [[5, 0, 33, 1, 18], [3, 90, 4, 2, 120, 3]])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_short_path_is_the_general_one(is_causal, groups, device, poisoned):
-    """Without return_lse the CPU takes its own path through each sequence."""
-    lengths = [5, 0, 33, 1, 18]
-    bounds = boundaries(lengths, device)
-    packed = torch.randn(60, 2 * groups + 4, 16, device=device).requires_grad_()
+@pytest.mark.parametrize("biased", [False, True])
+def test_short_path_is_the_general_one(lengths, is_causal, groups, biased, device, interpreting, poisoned):
+    """Without return_lse the CPU takes its own path: short sequences together, long ones alone."""
+    if interpreting:
+        pytest.skip("kernels have one path")
+    bounds, tokens, longest = boundaries(lengths, device), sum(lengths), max(lengths)
+    packed = torch.randn(tokens + 3, 2 * groups + 4, 16, device=device).requires_grad_()
     query, key, value = packed.split([2 * groups, 2, 2], 1)
-    call = (query, key, value, bounds, bounds, 33, 33)
-    options = {"is_causal": is_causal, "enable_gqa": groups > 1}
+    bias = torch.randn(2 * groups, longest, longest, device=device).requires_grad_() if biased else None
+    call = (query, key, value, bounds, bounds, longest, longest)
+    options = {"is_causal": is_causal, "enable_gqa": groups > 1, "attn_mask": bias}
     out = attention_varlen(*call, **options)
     general, _ = attention_varlen(*call, **options, return_lse=True)
     torch.testing.assert_close(out, general, rtol=1e-5, atol=1e-6)
-    assert (out[57:] == 0).all()
+    assert (out[tokens:] == 0).all()
     grad = torch.randn_like(out)
-    (ours,) = torch.autograd.grad(out, packed, grad)
-    (theirs,) = torch.autograd.grad(general, packed, grad)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-    assert (ours[57:] == 0).all()
+    leaves = (packed, bias) if biased else (packed,)
+    ours, theirs = (torch.autograd.grad(result, leaves, grad) for result in (out, general))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (ours[0][tokens:] == 0).all()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -202,7 +207,7 @@ def test_opcheck(device, interpreting):
 
         for p in (0.0, 0.3):
             seed = torch.tensor([4]) if p else None
-            torch.library.opcheck(packed_cpu.op, (query, key, value, bounds, bounds, p, True, False, 0.25, seed))
+            torch.library.opcheck(packed_cpu.op, (query, key, value, bounds, bounds, None, p, True, False, 0.25, seed))
         return
     from fastformer.ops.attention.kernel import attention
 

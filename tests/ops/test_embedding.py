@@ -56,8 +56,10 @@ def test_torch_backend_is_stock_bit_for_bit(monkeypatch):
 
 
 def test_padding_row_gets_no_gradient(device):
+    torch.manual_seed(0)
     word = torch.randn(5, 16, device=device, requires_grad=True)
-    embedding_layer_norm(torch.tensor([0, 1, 4], device=device), word, padding_idx=1).square().sum().backward()
+    # Not the sum of squares, which a norm holds nearly constant: its gradient is rounding and may be 0 everywhere.
+    embedding_layer_norm(torch.tensor([0, 1, 4], device=device), word, padding_idx=1).sin().sum().backward()
     assert (word.grad[1] == 0).all()
     assert (word.grad[[2, 3]] == 0).all()
     assert (word.grad[0] != 0).any()

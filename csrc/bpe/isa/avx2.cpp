@@ -4,11 +4,20 @@
 
 #include "bpe/isa/isa.h"
 
-namespace fastformer::bpe::mapped {
+#define FASTFORMER_ISA avx2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,popcnt")
+#endif
+#include "bpe/scan_mapped.h"
+
+namespace fastformer::bpe::avx2::mapped {
 
 namespace {
 
-__attribute__((target("avx2"))) inline __m256i ascii_flags(const Tables& tables, __m256i bytes) {
+inline __m256i ascii_flags(const Tables& tables, __m256i bytes) {
     // Bytes above ASCII have bit 7 set, for which a shuffle gives 0.
     __m256i row = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(7));
     __m256i out = _mm256_setzero_si256();
@@ -22,7 +31,7 @@ __attribute__((target("avx2"))) inline __m256i ascii_flags(const Tables& tables,
     return out;
 }
 
-__attribute__((target("avx2"))) inline uint32_t none_of(__m256i flags, uint8_t bits) {
+inline uint32_t none_of(__m256i flags, uint8_t bits) {
     __m256i found = _mm256_and_si256(flags, _mm256_set1_epi8(static_cast<char>(bits)));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(found, _mm256_setzero_si256())));
 }
@@ -31,11 +40,11 @@ struct SingleBytes {
     uint64_t tail, newline, blank, quote, slash;
 };
 
-__attribute__((target("avx2"))) inline uint64_t equal(__m256i bytes, char c) {
+inline uint64_t equal(__m256i bytes, char c) {
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(c))));
 }
 
-__attribute__((target("avx2"))) inline void find_single(__m256i bytes, int shift, SingleBytes& to) {
+inline void find_single(__m256i bytes, int shift, SingleBytes& to) {
     __m256i tail = _mm256_cmpgt_epi8(_mm256_set1_epi8(-64), bytes);
     to.tail |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(tail))) << shift;
     to.newline |= (equal(bytes, '\r') | equal(bytes, '\n')) << shift;
@@ -46,8 +55,9 @@ __attribute__((target("avx2"))) inline void find_single(__m256i bytes, int shift
 
 }  // namespace
 
-__attribute__((target("avx2"))) void classify_avx2(const Tables& tables, const uint8_t* p, size_t n, const Set* sets,
-                                                   size_t count, Window& window) {
+template <Pattern pattern>
+void classify(const Tables& tables, const uint8_t* p, size_t n, Window& window) {
+    constexpr const Set* sets = kSets<pattern>;
     alignas(32) uint8_t tail[64];
     for (size_t at = 0; at < n; at += 64) {
         size_t left = n - at;
@@ -79,15 +89,33 @@ __attribute__((target("avx2"))) void classify_avx2(const Tables& tables, const u
         __m256i flags[2];
         for (int h = 0; h < 2; h++)
             flags[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.flags + at + 32 * h));
-        for (size_t k = 0; k < count; k++) {
-            uint64_t map = none_of(flags[0], sets[k].none) | static_cast<uint64_t>(none_of(flags[1], sets[k].none)) << 32;
+        for (size_t k = 0; k < kMaxSets; k++) {
+            uint64_t map = valid;
+            if (sets[k].none)
+                map &= none_of(flags[0], sets[k].none) | static_cast<uint64_t>(none_of(flags[1], sets[k].none)) << 32;
             if (sets[k].any)
                 map &= ~(none_of(flags[0], sets[k].any) | static_cast<uint64_t>(none_of(flags[1], sets[k].any)) << 32);
-            window.maps[k][at / 64] = map & valid;
+            window.maps[k][at / 64] = map;
         }
     }
-    for (size_t k = 0; k < count; k++) window.maps[k][(n + 63) / 64] = 0;
+    for (size_t k = 0; k < kMaxSets; k++) window.maps[k][(n + 63) / 64] = 0;
 }
 
-}  // namespace fastformer::bpe::mapped
+// Appends `base` plus the places of the bits; there is room for 64. Eight at a time: how many there are nobody can
+// predict.
+inline uint32_t* places(uint64_t bits, uint32_t base, uint32_t* to) {
+    size_t count = static_cast<size_t>(std::popcount(bits));
+    for (size_t k = 0; k < count; k += 8)
+        for (size_t j = k; j < k + 8; j++, bits &= bits - 1) to[j] = base + static_cast<uint32_t>(std::countr_zero(bits));
+    return to + count;
+}
+
+}  // namespace fastformer::bpe::avx2::mapped
+
+#include "bpe/isa/engine.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #endif

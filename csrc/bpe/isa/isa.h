@@ -1,16 +1,45 @@
-// What each instruction set provides: one function that classifies a window.
+// What each instruction set provides: scanners, and an encoder that is compiled for it. The headers that do the work
+// stand in a namespace of the instruction set, so that the linker never takes one's function for another's; what is
+// included here is compiled for any processor.
 #pragma once
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
-#include "bpe/scan_mapped.h"
+#include "bpe/cache.h"
+#include "bpe/encoder.h"
+#include "bpe/joints.h"
+#include "bpe/merge.h"
+#include "bpe/scanner.h"
+#include "bpe/unicode.h"
+#include "bpe/vocab.h"
 
-namespace fastformer::bpe::mapped {
+namespace fastformer::bpe {
 
+namespace portable {
+Scanner::Function scanner(Pattern pattern);
+std::unique_ptr<Encoder> encoder(const Vocab& vocab);
+}  // namespace portable
 #if defined(__x86_64__) && defined(__GNUC__)
-void classify_avx512(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
-void classify_avx2(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
+namespace avx2 {
+Scanner::Function scanner(Pattern pattern);
+std::unique_ptr<Encoder> encoder(const Vocab& vocab);
+}  // namespace avx2
+namespace avx512 {
+Scanner::Function scanner(Pattern pattern);
+std::unique_ptr<Encoder> encoder(const Vocab& vocab);
+}  // namespace avx512
 #elif defined(__aarch64__) && defined(__GNUC__)
-void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window);
+namespace neon {
+Scanner::Function scanner(Pattern pattern);
+std::unique_ptr<Encoder> encoder(const Vocab& vocab);
+}  // namespace neon
 #endif
 
-}  // namespace fastformer::bpe::mapped
+}  // namespace fastformer::bpe

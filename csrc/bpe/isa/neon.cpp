@@ -4,7 +4,10 @@
 
 #include "bpe/isa/isa.h"
 
-namespace fastformer::bpe::mapped {
+#define FASTFORMER_ISA neon
+#include "bpe/scan_mapped.h"
+
+namespace fastformer::bpe::neon::mapped {
 
 namespace {
 
@@ -19,7 +22,9 @@ inline uint64_t bits_of(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d) 
 
 }  // namespace
 
-void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* sets, size_t count, Window& window) {
+template <Pattern pattern>
+void classify(const Tables& tables, const uint8_t* p, size_t n, Window& window) {
+    constexpr const Set* sets = kSets<pattern>;
     uint8x16x4_t low = vld1q_u8_x4(tables.low), high = vld1q_u8_x4(tables.low + 64);
     uint8_t tail[64];
     for (size_t at = 0; at < n; at += 64) {
@@ -63,13 +68,26 @@ void classify_neon(const Tables& tables, const uint8_t* p, size_t n, const Set* 
             return bits_of(vtstq_u8(flags[0], mask), vtstq_u8(flags[1], mask), vtstq_u8(flags[2], mask),
                            vtstq_u8(flags[3], mask));
         };
-        for (size_t k = 0; k < count; k++) {
-            uint64_t map = sets[k].any ? any_of(sets[k].any) : ~uint64_t{0};
-            window.maps[k][at / 64] = map & ~any_of(sets[k].none) & valid;
+        for (size_t k = 0; k < kMaxSets; k++) {
+            uint64_t map = valid;
+            if (sets[k].any) map &= any_of(sets[k].any);
+            if (sets[k].none) map &= ~any_of(sets[k].none);
+            window.maps[k][at / 64] = map;
         }
     }
-    for (size_t k = 0; k < count; k++) window.maps[k][(n + 63) / 64] = 0;
+    for (size_t k = 0; k < kMaxSets; k++) window.maps[k][(n + 63) / 64] = 0;
 }
 
-}  // namespace fastformer::bpe::mapped
+// Appends `base` plus the places of the bits; there is room for 64. Eight at a time: how many there are nobody can
+// predict.
+inline uint32_t* places(uint64_t bits, uint32_t base, uint32_t* to) {
+    size_t count = static_cast<size_t>(std::popcount(bits));
+    for (size_t k = 0; k < count; k += 8)
+        for (size_t j = k; j < k + 8; j++, bits &= bits - 1) to[j] = base + static_cast<uint32_t>(std::countr_zero(bits));
+    return to + count;
+}
+
+}  // namespace fastformer::bpe::neon::mapped
+
+#include "bpe/isa/engine.h"
 #endif

@@ -10,13 +10,29 @@ from torch import Tensor
 from fastformer.integrations.families.encoder import (
     AddNorm,
     AttentionTable,
-    EncoderLayer,
     EncoderTable,
     PackedEncoder,
     SelfAttention,
     why_not_absolute,
 )
+from fastformer.integrations.families.encoder_layer import EncoderLayer, LayerTable
 from fastformer.integrations.families.rule import Rule
+
+
+def _layer(family: str) -> LayerTable:
+    return LayerTable(
+        attention="attention.self",
+        out="attention.output.dense",
+        norm="attention.output.LayerNorm",
+        dropout="attention.output.dropout",
+        up="intermediate.dense",
+        activation="intermediate.intermediate_act_fn",
+        down="output.dense",
+        last_norm="output.LayerNorm",
+        last_dropout="output.dropout",
+        inside=("attention", "attention.self", "attention.output", "intermediate", "output"),
+        counted=(f"{family}Layer", f"{family}SelfAttention", f"{family}Output", f"{family}Output"),
+    )
 
 
 class BertPacked(PackedEncoder):
@@ -29,6 +45,10 @@ class BertAttention(SelfAttention):
 
 class BertAddNorm(AddNorm):
     _label = "BertOutput"
+
+
+class BertLayer(EncoderLayer):
+    _table = _layer("Bert")
 
 
 class RobertaPacked(PackedEncoder):
@@ -63,6 +83,10 @@ class RobertaAddNorm(AddNorm):
     _label = "RobertaOutput"
 
 
+class RobertaLayer(EncoderLayer):
+    _table = _layer("Roberta")
+
+
 class ElectraPacked(PackedEncoder):
     _table = EncoderTable("ElectraModel", output="BaseModelOutputWithPastAndCrossAttentions")
 
@@ -80,7 +104,11 @@ class ElectraAddNorm(AddNorm):
     _label = "ElectraOutput"
 
 
-def _rules(family: str, prefix: str, model: type, attention: type, output: type) -> dict[str, Rule]:
+class ElectraLayer(EncoderLayer):
+    _table = _layer("Electra")
+
+
+def _rules(family: str, prefix: str, model: type, attention: type, output: type, layer: type) -> dict[str, Rule]:
     path = f"transformers.models.{family}.modeling_{family}.{prefix}"
     names = (f"{path}SelfAttention", f"{path}SdpaSelfAttention")  # the latter in transformers 4.57
     attends = Rule(attention, "fused attention", why_not_absolute)
@@ -90,15 +118,15 @@ def _rules(family: str, prefix: str, model: type, attention: type, output: type)
             model, "encoder without padding", why_not_absolute, removes_padding=True, owns_norms=True, needs=names
         ),
         **dict.fromkeys(names, attends),
-        f"{path}Layer": Rule(EncoderLayer, "dropout's seeds drawn together"),
+        f"{path}Layer": Rule(layer, "layer as one operation where its parts are plain, seeds drawn together"),
         f"{path}SelfOutput": adds,
         f"{path}Output": adds,
     }
 
 
 RULES = {
-    **_rules("bert", "Bert", BertPacked, BertAttention, BertAddNorm),
-    **_rules("roberta", "Roberta", RobertaPacked, RobertaAttention, RobertaAddNorm),
-    **_rules("xlm_roberta", "XLMRoberta", RobertaPacked, RobertaAttention, RobertaAddNorm),
-    **_rules("electra", "Electra", ElectraPacked, ElectraAttention, ElectraAddNorm),
+    **_rules("bert", "Bert", BertPacked, BertAttention, BertAddNorm, BertLayer),
+    **_rules("roberta", "Roberta", RobertaPacked, RobertaAttention, RobertaAddNorm, RobertaLayer),
+    **_rules("xlm_roberta", "XLMRoberta", RobertaPacked, RobertaAttention, RobertaAddNorm, RobertaLayer),
+    **_rules("electra", "Electra", ElectraPacked, ElectraAttention, ElectraAddNorm, ElectraLayer),
 }

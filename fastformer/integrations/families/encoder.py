@@ -22,6 +22,7 @@ from torch import Tensor
 from fastformer import ops
 from fastformer.integrations.attend import attend, attend_packed, attend_with_weights
 from fastformer.integrations.families import batch
+from fastformer.integrations.families.embeddings import embed_at_once
 from fastformer.integrations.packed_linear import project
 from fastformer.integrations.plan import Plan
 from fastformer.nn.counters import count_fallback, count_fused
@@ -74,6 +75,13 @@ class PackedEncoder:
             count_fallback(self._table.label, reason)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         count_fused(self._table.label)
+        if not self.training or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self._run(call)
+        # Three dropouts a layer, and the embeddings'.
+        with drawn_together(1 + 3 * sum(1 for _ in self._layers())):
+            return self._run(call)
+
+    def _run(self, call: dict[str, Any]) -> Any:
         inputs = self._token_inputs(call)
         weighs = batch.wants(self, call, "attentions")
         plan, pads = batch.plan_of(call, inputs, False if weighs else self.fastformer_unpad, pools_first=True)
@@ -94,20 +102,24 @@ class PackedEncoder:
 
     def _token_inputs(self, call: dict[str, Any]) -> dict[str, Tensor | None]:
         """What the embeddings take, [batch, seqlen, ...] each."""
-        inputs = {name: call.get(name) for name in batch.PER_TOKEN}
-        if inputs["token_type_ids"] is None:
-            # Stock takes zeros from a buffer as long as the longest sequence, which a packed row exceeds.
-            source = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-            assert source is not None
-            inputs["token_type_ids"] = torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)
-        return inputs
+        return {name: call.get(name) for name in batch.PER_TOKEN}
 
     def _first_position(self) -> int:
         """Position of a sequence's first token."""
         return 0
 
     def _embed(self, inputs: dict[str, Tensor | None]) -> Tensor:
-        return self.embeddings(**inputs)  # type: ignore[attr-defined]
+        embeddings = self.embeddings  # type: ignore[attr-defined]
+        hidden = embed_at_once(embeddings, inputs)
+        if hidden is not None:
+            return hidden
+        if "token_type_ids" in inputs and inputs["token_type_ids"] is None:
+            # Stock takes zeros from a buffer as long as the longest sequence, which a packed row exceeds.
+            source = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+            assert source is not None
+            zeros = torch.zeros(source.shape[:2], dtype=torch.long, device=source.device)
+            inputs = {**inputs, "token_type_ids": zeros}
+        return embeddings(**inputs)
 
     def _layers(self) -> Iterator[torch.nn.Module]:
         return iter(getattr(self, self._table.encoder).layer)
@@ -195,16 +207,6 @@ class SelfAttention:
                 plan.weights.append(weights)
                 out = out.transpose(1, 2)
         return out.flatten(2)
-
-
-class EncoderLayer:
-    """Forward of a layer that draws the seeds of its three dropouts at once."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with drawn_together(3):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class AddNorm:

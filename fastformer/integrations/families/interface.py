@@ -26,9 +26,10 @@ _STATES = ("last_hidden_state", "hidden_states")
 class RoutedAttention:
     """An attention module whose `config` says attn_implementation="fastformer"."""
 
+    _prepare = staticmethod(attention.register)
+
     @property
     def config(self) -> Any:
-        attention.register()
         return _view(self.__dict__["config"])
 
     @config.setter
@@ -75,11 +76,8 @@ class PackedModel:
         if reason:
             batch.refuse_packed(call, reason)
             count_fallback(label, reason)
-            token = attention.WANTS_WEIGHTS.set(batch.wants(self, call, "attentions"))
-            try:
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                attention.WANTS_WEIGHTS.reset(token)
+            asked = batch.wants(self, call, "attentions")
+            return attention.WANTS_WEIGHTS.during(asked, super().forward, *args, **kwargs)  # type: ignore[misc]
         count_fused(label)
         accepted = batch.parameter_names(self)
         inputs = {name: call.get(name) for name in batch.PER_TOKEN if name in accepted}

@@ -7,7 +7,6 @@ Cross-attention sees the encoder's real tokens only, whether the decoder is pack
 from __future__ import annotations
 
 import dataclasses
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from fastformer.integrations.families.interface import PackedDecoder, PackedMode
 from fastformer.integrations.families.norms import is_readable
 from fastformer.integrations.families.rule import Rule
 from fastformer.integrations.plan import Plan, PlanMask, packing_of, plan_in
+from fastformer.integrations.scoped import Scoped
 from fastformer.nn.counters import count_fallback, count_fused
 from fastformer.ops.packing import Packing
 
 # Positions of the packed tokens, [rows], while a base model runs: BART's layers of them are told none.
-_PLACES: ContextVar[Tensor | None] = ContextVar("fastformer_places", default=None)
+_PLACES: Scoped[Tensor | None] = Scoped("fastformer_places", None)
 
 
 class PackedEncoderSide(PackedModel):
@@ -44,7 +44,9 @@ class PackedDecoderSide(PackedDecoder):
         keys: Packing | None = None
         if states is not None:
             if self.fastformer_unpad is not False:
-                keys = packing_of(torch.ones_like(states[..., 0]) if mask is None else mask)
+                keys = (
+                    Packing.whole(states.shape[0], states.shape[1], states.device) if mask is None else packing_of(mask)
+                )
                 call["encoder_hidden_states"] = keys.pack(states)[None]
             key_mask = None if mask is None or keys is not None else mask != 0
             cross = Plan(plan.packing, key_mask, causal=False, keys=keys)
@@ -75,7 +77,13 @@ def _narrowed(packing: Packing) -> Packing:
     lengths = packing.cu_seqlens.diff().long()
     rows = torch.repeat_interleave(torch.arange(packing.batch, device=device), lengths, output_size=packing.tokens)
     places = torch.arange(packing.tokens, device=device) - packing.cu_seqlens[rows]
-    return dataclasses.replace(packing, indices=rows * packing.max_seqlen + places, seqlen=packing.max_seqlen)
+    return dataclasses.replace(
+        packing,
+        indices=rows * packing.max_seqlen + places,
+        seqlen=packing.max_seqlen,
+        inverse=None,
+        place=None,
+    )
 
 
 class T5Attention(RoutedAttention):
@@ -111,11 +119,8 @@ class PlacedEmbedding:
 
 
 def _placed(run: Any, call: dict[str, Any], plan: Plan) -> Any:
-    token = _PLACES.set(None if plan.packing is None else plan.packing.positions().squeeze(0))
-    try:
-        return run(call, plan)
-    finally:
-        _PLACES.reset(token)
+    places = None if plan.packing is None else plan.packing.positions().squeeze(0)
+    return _PLACES.during(places, run, call, plan)
 
 
 class BartEncoderLayer:
@@ -130,10 +135,7 @@ class BartEncoderLayer:
         attended = me.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)[0]
         hidden = _post_norm(me, attended, hidden_states, me.self_attn_layer_norm)
         hidden = _feed_forward(me, hidden)
-        if hidden.dtype == torch.float16 and not torch.isfinite(hidden).all():
-            limit = torch.finfo(hidden.dtype).max - 1000
-            hidden = torch.clamp(hidden, min=-limit, max=limit)
-        return hidden
+        return _finite(hidden)
 
 
 class BartDecoderLayer:
@@ -161,6 +163,15 @@ def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
     inner = layer.activation_fn(layer.fc1(hidden))
     inner = torch.nn.functional.dropout(inner, p=layer.activation_dropout, training=layer.training)
     return _post_norm(layer, layer.fc2(inner), hidden, layer.final_layer_norm)
+
+
+def _finite(hidden: Tensor) -> Tensor:
+    """Stock's guard of fp16: once anything is not finite, all is clamped. Decided on the device: nothing waits."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    largest = torch.finfo(hidden.dtype).max
+    limit = torch.where(torch.isfinite(hidden).all(), largest, largest - 1000).to(hidden.dtype)
+    return torch.clamp(hidden, min=-limit, max=limit)
 
 
 def _post_norm(layer: Any, branch: Tensor, residual: Tensor, norm: Any) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import Options, check_extras, check_heads, check_mask, once, read_options
+from fastformer.ops.attention.packed_cpu import attend_on_cpu, takes
 from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
@@ -115,12 +116,31 @@ def scaled_dot_product_attention(
             return (out, lse) if return_lse else out
         kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
-    stock = not return_lse and all(x is None for x in extras) and _stock_can(query, key, value, options, attn_mask)
-    # PyTorch's fused operators have no forward-mode derivative.
-    if stock and not kernel.has_tangent(query, key, value, attn_mask):
+    # PyTorch's fused operators, and ours for the CPU, have no forward-mode derivative.
+    plain = not return_lse and all(x is None for x in extras) and not kernel.has_tangent(query, key, value, attn_mask)
+    if plain and _drops_on_cpu(query, key, options, attn_mask):
+        return _as_packed(query, key, value, options, attn_mask)
+    if plain and _stock_can(query, key, value, options, attn_mask):
         return _stock(query, key, value, options, attn_mask)
     out, lse = attention_reference(query, key, value, options, attn_mask, *extras)
     return (out, lse) if return_lse else out
+
+
+def _drops_on_cpu(query: Tensor, key: Tensor, options: Options, attn_mask: Tensor | None) -> bool:
+    """Whether a call is one for which PyTorch's CPU operator keeps all weights, and the packed one a seed."""
+    if not options.dropout_p or query.device.type != "cpu" or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return query.numel() > 0 and key.numel() > 0 and takes(options, attn_mask)
+
+
+def _as_packed(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mask: Tensor | None) -> Tensor:
+    """Every row of the batch as one packed sequence."""
+    batch, _, q_len, _ = query.shape
+    k_len = key.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    ends_q, ends_k = (n * torch.arange(batch + 1, dtype=torch.int32) for n in (q_len, k_len))
+    out = attend_on_cpu(q, k, v, ends_q, ends_k, options, attn_mask, (q_len, k_len))
+    return out.unflatten(0, (batch, q_len)).transpose(1, 2)
 
 
 def _stock_can(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mask: Tensor | None) -> bool:
@@ -128,7 +148,7 @@ def _stock_can(query: Tensor, key: Tensor, value: Tensor, options: Options, attn
     if options.softcap or options.left >= 0 or options.right >= 0:
         return False
     q_len, k_len = query.shape[2], key.shape[2]
-    if options.is_causal and (attn_mask is not None or (options.bottom_right and q_len != k_len)):
+    if options.is_causal and options.bottom_right and q_len != k_len:
         return False
     hides_pairs = options.is_causal or (attn_mask is not None and not _hides_keys(attn_mask))
     if hides_pairs and torch._C._functorch.maybe_current_level() is not None:
@@ -145,6 +165,7 @@ def _hides_keys(attn_mask: Tensor) -> bool:
 
 
 def _stock(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mask: Tensor | None) -> Tensor:
+    is_causal = options.is_causal
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(query.dtype)
@@ -153,13 +174,18 @@ def _stock(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mas
             seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask.detach() != -torch.inf
             hidden = ~seen.transpose(-1, -2)
             key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+        if is_causal:
+            # PyTorch takes one or the other.
+            before = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            both = attn_mask & before if attn_mask.dtype == torch.bool else torch.where(before, attn_mask, -torch.inf)
+            attn_mask, is_causal = both, False
     return _pytorchs_own(
         query,
         key,
         value,
         attn_mask=attn_mask,
         dropout_p=options.dropout_p,
-        is_causal=options.is_causal,
+        is_causal=is_causal,
         scale=options.scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )

@@ -16,7 +16,7 @@ from fastformer.ops.attention.options import (
     once,
     read_options,
 )
-from fastformer.ops.attention.packed_cpu import packed_cpu
+from fastformer.ops.attention.packed_cpu import attend_on_cpu, takes
 from fastformer.ops.attention.packed_reference import varlen_reference
 from fastformer.ops.backend import backend_for
 from fastformer.ops.random import draw_seed
@@ -122,29 +122,11 @@ def attention_varlen(
             return (out, lse) if return_lse else out
         kernel.say_once(reason)
     extras = (attn_mask, alibi_slopes, sinks, dropout_seed)
-    short = query.device.type == "cpu" and not return_lse and _is_plain(options) and all(x is None for x in extras)
-    if short and not kernel.has_tangent(query, key, value):
-        seed = draw_seed(query.device) if dropout_p else None
-        # Under autocast PyTorch would round the fp32 scores inside to half precision.
-        with torch.autocast("cpu", enabled=False):
-            out, _ = packed_cpu(
-                query,
-                key,
-                value,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                options.dropout_p,
-                options.is_causal,
-                options.bottom_right,
-                options.scale,
-                seed,
-            )
-        return out
+    short = query.device.type == "cpu" and not return_lse and all(x is None for x in extras[1:])
+    if short and not kernel.has_tangent(query, key, value, attn_mask) and takes(options, attn_mask):
+        longest = max_seqlen_q, max_seqlen_k
+        return attend_on_cpu(query, key, value, cu_seqlens_q, cu_seqlens_k, options, attn_mask, longest)
     out, lse = varlen_reference(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras
     )
     return (out, lse) if return_lse else out
-
-
-def _is_plain(options: Options) -> bool:
-    return not options.softcap and (not options.banded or (options.left < 0 and options.right < 0))

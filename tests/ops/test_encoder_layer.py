@@ -1,0 +1,185 @@
+"""A whole encoder layer as one operation, against a layer written out in PyTorch and against its own separate parts."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastformer.ops.encoder_layer import LayerParameters, LayerSettings, LayerTokens, encoder_layer, separate, why_not
+from fastformer.ops.random import draw_seed
+
+D, WIDE, HEADS = 32, 48, 2
+LENGTHS = (7, 1, 4)
+PLAIN = LayerSettings(HEADS, 0.0, 0.0, 0.0, 1e-12, 1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernels(device, interpreting):
+    if device.type != "cuda" and not interpreting:
+        pytest.skip("one operation only where kernels run")
+
+
+def _parameters(dtype, device, norm_bias=True):
+    torch.manual_seed(0)
+    joined, joined_bias = torch.randn(3 * D, D) * 0.2, torch.randn(3 * D) * 0.3
+    made = {
+        name: torch.randn(*shape) * scale + shift
+        for name, shape, scale, shift in (
+            ("out", (D, D), 0.2, 0), ("out_bias", (D,), 0.3, 0), ("norm", (D,), 0.1, 1), ("norm_bias", (D,), 0.1, 0),
+            ("up", (WIDE, D), 0.2, 0), ("up_bias", (WIDE,), 0.3, 0), ("down", (D, WIDE), 0.2, 0),
+            ("down_bias", (D,), 0.3, 0), ("last_norm", (D,), 0.1, 1), ("last_norm_bias", (D,), 0.1, 0),
+        )
+    }  # fmt: skip
+    joined, joined_bias = joined.to(device, dtype), joined_bias.to(device, dtype)
+    parts = dict(zip(("query", "key", "value"), joined.chunk(3), strict=True))
+    parts |= dict(zip(("query_bias", "key_bias", "value_bias"), joined_bias.chunk(3), strict=True))
+    parts |= {name: value.to(device, dtype) for name, value in made.items()}
+    if not norm_bias:
+        parts["last_norm_bias"] = None
+    return LayerParameters(**{n: None if t is None else t.detach().requires_grad_() for n, t in parts.items()})
+
+
+def _batch(packed, dtype, device):
+    """Hidden states and tokens; a packed row has one surplus row."""
+    torch.manual_seed(1)
+    if packed:
+        bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
+        hidden, tokens = torch.randn(1, sum(LENGTHS) + 1, D), LayerTokens(bounds, max(LENGTHS))
+    else:
+        mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+        hidden, tokens = torch.randn(*mask.shape, D), LayerTokens(mask=mask.to(device))
+    return hidden.to(device, dtype).requires_grad_(), tokens
+
+
+def _written_out(hidden, parameters, tokens):
+    """The layer without dropout by PyTorch, sequence by sequence; surplus rows attend to nothing."""
+    p = parameters
+    if tokens.cu_seqlens is None:
+        spans = [(i, 0, n) for i, n in enumerate(tokens.mask.sum(1).tolist())]
+    else:
+        bounds = tokens.cu_seqlens.tolist()
+        spans = [(0, a, b) for a, b in itertools.pairwise(bounds)]
+    q, k, v = (
+        F.linear(hidden, w, b).unflatten(-1, (HEADS, -1))
+        for w, b in ((p.query, p.query_bias), (p.key, p.key_bias), (p.value, p.value_bias))
+    )
+    mixed = torch.zeros_like(q)
+    for row, a, b in spans:
+        end = b if tokens.mask is None else hidden.shape[1]  # padded queries attend to the sequence's real keys too
+        scores = torch.einsum("qhd,khd->hqk", q[row, a:end], k[row, a:b]) * q.shape[-1] ** -0.5
+        mixed[row, a:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[row, a:b])
+    y = F.layer_norm(hidden + F.linear(mixed.flatten(2), p.out, p.out_bias), (D,), p.norm, p.norm_bias, PLAIN.eps)
+    branch = F.linear(F.gelu(F.linear(y, p.up, p.up_bias)), p.down, p.down_bias)
+    return F.layer_norm(y + branch, (D,), p.last_norm, p.last_norm_bias, PLAIN.last_eps)
+
+
+def _gradients(out, leaves, weight):
+    return torch.autograd.grad((out * weight).sum(), [x for x in leaves if x is not None], retain_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("packed", "dtype", "norm_bias"),
+    [(True, torch.float16, True), (False, torch.float16, False), (True, torch.float32, False)],
+)
+def test_equals_the_layer_written_out(device, packed, dtype, norm_bias):
+    hidden, tokens = _batch(packed, dtype, device)
+    parameters = _parameters(dtype, device, norm_bias)
+    assert why_not(hidden, parameters) == ""
+    # What no sequence holds takes no gradient; it must not disturb either.
+    seen = torch.ones(hidden.shape[:2], device=device) if tokens.mask is None else tokens.mask.to(hidden.dtype)
+    if packed:
+        seen[0, -1] = 0
+    seen = seen.to(dtype)[..., None]
+    weight = torch.randn(hidden.shape, device=device) * seen
+    results = []
+    for kind in (torch.float64, dtype):
+        twin = [None if t is None else t.detach().to(kind).requires_grad_() for t in (hidden, *parameters)]
+        out = _written_out(twin[0], LayerParameters(*twin[1:]), tokens)
+        results.append([out * seen, *_gradients(out, twin, weight.to(kind))])
+    out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+    ours = [out * seen, *_gradients(out, (hidden, *parameters), weight.to(dtype))]
+    gold, stock = results
+    for g, s, o in zip(gold, stock, ours, strict=True):
+        assert o.dtype == dtype
+        allowed = 2 * (s.double() - g).abs().max() + 8 * torch.finfo(dtype).eps * g.abs().max().clamp(min=1)
+        assert (o.double() - g).abs().max() <= allowed
+
+
+def test_large_activations_are_made_again(device, monkeypatch):
+    """The same gradients, bit for bit, with one tensor fewer kept."""
+    hidden, tokens = _batch(True, torch.float16, device)
+    parameters = _parameters(torch.float16, device)
+    weight, results, kept = torch.randn_like(hidden), [], []
+    for most in (1 << 23, 0):
+        monkeypatch.setattr("fastformer.ops.encoder_layer.MOST_KEPT", most)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, into=shapes: into.append(t.shape) or t, lambda t: t):
+            out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+        kept.append(sum(shape == (hidden.shape[1], WIDE) for shape in shapes))
+        results.append(_gradients(out, (hidden, *parameters), weight))
+    assert kept == [2, 1]
+    assert all(map(torch.equal, *results))
+
+
+def test_dropout_and_the_second_derivative_are_those_of_the_separate_operators(device):
+    settings = LayerSettings(HEADS, 0.2, 0.3, 0.4, 1e-12, 1e-5)
+    hidden, tokens = _batch(True, torch.float32, device)
+    parameters = _parameters(torch.float32, device)
+    leaves, weight = (hidden, *parameters), torch.randn_like(hidden)
+    torch.manual_seed(3)
+    ours = encoder_layer(hidden, parameters, settings, tokens, True)
+    torch.manual_seed(3)
+    seeds = [draw_seed(device) for _ in range(3)]
+    parts = separate(hidden, parameters, settings, tokens, (0.2, 0.3, 0.4), seeds)
+    torch.testing.assert_close(ours, parts, rtol=1e-5, atol=1e-5)
+    firsts, seconds = [_gradients(out, leaves, weight) for out in (ours, parts)], []
+    for a, b in zip(*firsts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for out in (ours, parts):
+        # Each operator says once a process that PyTorch computes this.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (first,) = torch.autograd.grad((out * weight).sum(), hidden, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), (hidden, parameters.up)))
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_needs_a_gradient_gets_one(device):
+    hidden, tokens = _batch(True, torch.float16, device)
+    whole = _gradients(
+        encoder_layer(hidden, _parameters(torch.float16, device), PLAIN, tokens, True),
+        [hidden],
+        torch.ones_like(hidden),
+    )
+    for trained in (("key", "value_bias", "norm_bias"), ("last_norm", "down_bias")):
+        parameters = _parameters(torch.float16, device)
+        for name, parameter in parameters._asdict().items():
+            parameter.requires_grad_(name in trained)
+        wanted = [getattr(parameters, name) for name in trained]
+        out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+        found = _gradients(out, [*wanted, hidden], torch.ones_like(out))
+        assert torch.equal(found[-1], whole[0])
+        assert all(g.abs().sum() > 0 for g in found)
+    # The input takes none, as above a frozen embedding.
+    out = encoder_layer(hidden.detach(), parameters, PLAIN, tokens, True)
+    for a, b in zip(_gradients(out, wanted, torch.ones_like(out)), found[:-1], strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert not encoder_layer(hidden, _parameters(torch.float16, device), PLAIN, tokens, False).requires_grad
+
+
+def test_says_what_it_does_not_take(device):
+    hidden, _ = _batch(True, torch.float32, device)
+    parameters = _parameters(torch.float32, device)
+    assert "another dtype" in why_not(hidden, parameters._replace(up=parameters.up.half()))
+    assert "layout" in why_not(hidden, parameters._replace(up=parameters.up.t().contiguous().t()))
+    assert "without kernels" in why_not(hidden.double(), parameters)
+    assert "no tokens" in why_not(hidden[:, :0], parameters)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert why_not(hidden, parameters) == "autocast"
+    found = []
+    torch.func.vmap(lambda x: (found.append(why_not(x, parameters)), x)[1])(hidden[None])
+    assert "torch.func" in found[0]
