@@ -74,7 +74,7 @@ class Case:
     def passes(self) -> tuple[str, ...]:
         """Those that these calls consist of."""
         first = self.calls()[0]
-        behind = ("short backward",) if first.short_backward else ("dQ", "dK and dV")
+        behind = ("short backward",) if config.takes_short_backward(self.target, first) else ("dQ", "dK and dV")
         return ("short forward" if first.short else "forward", *behind)
 
     def calls(self) -> list[Call]:

@@ -12,7 +12,12 @@ from torch import Tensor
 from fastformer.kernels.attention.backward_key import backward_key
 from fastformer.kernels.attention.backward_query import backward_query
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import backward_config, short_config, wide_constants
+from fastformer.kernels.attention.config import (
+    backward_config,
+    short_config,
+    takes_short_backward,
+    wide_constants,
+)
 from fastformer.kernels.attention.short import short_backward
 from fastformer.kernels.attention.wide import wide_key, wide_query
 from fastformer.kernels.rows import cdiv
@@ -95,7 +100,7 @@ def attention_backward(
             return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
         return backward_key, (programs,), others, {**call.constants, **config.options(target)}
 
-    if call.short_backward and not hopper_chosen(query.device):
+    if takes_short_backward(target_of(query.device), call) and not hopper_chosen(query.device):
         if query.numel() or key.numel() or value.numel():
             call.launch(
                 ("short backward", grad_out.stride(), dl_strides, dq.stride(), dk.stride(), dv.stride()),

@@ -133,6 +133,13 @@ def backward_config(target: Target, call: Call) -> tuple[Config, Config]:
     return _measured(target, call, "dQ") or by_row, _measured(target, call, "dK and dV") or by_key
 
 
+def takes_short_backward(target: Target, call: Call) -> bool:
+    """Whether the backward is the one kernel of `short`. Beyond 64 tokens dropout's draws leave too few registers where
+    factors of a product lie in registers (sm_80 and its kin: 24 bytes spill)."""
+    beyond = max(call.q_len, call.k_len) > 64 and target.backend == "cuda" and target.name not in ("sm_90", "sm_100")
+    return call.short_backward and not beyond
+
+
 def short_config(target: Target, call: Call, name: str) -> Config:
     """Tiles of the kernels of `short`.
 

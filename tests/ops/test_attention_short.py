@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 from fastformer.kernels.attention import call as calls
 from fastformer.kernels.attention.backward import attention_backward
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.config import takes_short_backward
 from fastformer.kernels.attention.forward import attention_forward
+from fastformer.kernels.targets import TARGETS
 from fastformer.ops.random import dropout_threshold
 
 
@@ -45,6 +47,16 @@ def test_who_takes_the_kernels_of_one_tile(shape, kv_heads, dtype, rules, expect
     key = torch.empty(shape[0], kv_heads, *shape[2:], dtype=dtype, device="meta")
     found = make(query, key, key, **rules)
     assert (found.short, found.short_backward) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"), [("sm_80", 64, True), ("sm_80", 65, False), ("sm_90", 65, True)]
+)
+def test_devices_without_room_take_two_kernels(name, length, expected, interpreting):
+    if interpreting:
+        pytest.skip("the interpreter has bounds of its own")
+    query = torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta")
+    assert takes_short_backward(TARGETS[name], make(query, query, query)) is expected
 
 
 def passes(call, grad_out, grad_lse):
