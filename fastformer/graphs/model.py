@@ -244,11 +244,10 @@ class _Graphs:
             self.refused[key] = str(reason)
             raise
         except capture.CaptureFailed as error:
-            reason = f"capture failed: {error}"
-            refused = {**self.refused, key: reason}
+            refused = {**self.refused, key: f"capture failed: {error}"}
             self.forget()
             self.refused = refused
-            raise CannotCapture(reason) from error
+            raise CannotCapture(refused[key]) from error
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
