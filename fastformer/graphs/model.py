@@ -242,6 +242,12 @@ class _Graphs:
         except CannotCapture as reason:
             self.refused[key] = str(reason)
             raise
+        except capture.CaptureFailed as error:
+            why = f"capture failed: {error}"
+            refused = {**self.refused, key: why}
+            self.forget()
+            self.refused = refused
+            raise CannotCapture(why) from error
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

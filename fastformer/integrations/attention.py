@@ -106,7 +106,9 @@ def attention_forward(
         plan = _plan_of_mask(attention_mask)
     dense_mask = attention_mask if plan is None else None
     causal = next(c for c in (plan and plan.causal, is_causal, getattr(module, "is_causal", True)) if c is not None)
-    causal = causal and dense_mask is None and query.shape[2] > 1
+    # Decided here rather than handed on as a condition, which in a graph of any length would be a symbol.
+    if dense_mask is not None or query.shape[2] == 1:
+        causal = False
     packing = _packing(plan, query, key, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, dense_mask)
     window = plan.window if plan is not None else None
     if window is None and sliding_window is not None and dense_mask is None:
@@ -212,8 +214,8 @@ def _across(query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: dict
 
 
 def _unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """Attention of a padded batch to itself, without its padding; None if it has none or windows forbid."""
-    packing = packing_from_mask(mask)
+    """Attention of a padded batch to itself, without its padding; None if it has none, or windows or a graph forbid."""
+    packing = None if torch.compiler.is_compiling() else packing_from_mask(mask)
     if packing is None or (options["window"] is not None and not packing.contiguous):
         return None
     q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))

@@ -37,6 +37,9 @@ from fastformer.ops.validate import FLOATS
 
 # Products that fill the device so often are formed one by one: PyTorch's then use it as well, and faster.
 MOST_WAVES = 8.0
+# Elements of the feed-forward part's activations that are kept for backward. More are made again from what went in:
+# their memory counts (a quarter of a layer's), and one more launch no longer does.
+MOST_KEPT = 1 << 23
 
 
 class LayerParameters(NamedTuple):
@@ -213,13 +216,18 @@ def _forward(
         branch, x, p.norm, p.norm_bias, None, seeds[1], *drop_numbers(dropout[1]), settings.eps, *numbers
     )
     wide = torch.mm(y, p.up.t())
-    active = kernels("activation").activation_forward(wide, None, p.up_bias, None, None, 0, 1.0, "gelu", dtype)
+    active = _activated(wide, p)
     branch = torch.addmm(p.down_bias, active, p.down.t())
     out, last_z, last_stats = norm(
         branch, y, p.last_norm, p.last_norm_bias, None, seeds[2], *drop_numbers(dropout[2]), settings.last_eps, *numbers
     )
-    kept = (x, qkv, mixed, lse, y, z, stats, wide, active, last_z, last_stats) if keep else ()
+    kept_active = active if wide.numel() <= MOST_KEPT else None
+    kept = (x, qkv, mixed, lse, y, z, stats, wide, kept_active, last_z, last_stats) if keep else ()
     return out.view(hidden.shape), kept
+
+
+def _activated(wide: Tensor, p: LayerParameters) -> Tensor:
+    return kernels("activation").activation_forward(wide, None, p.up_bias, None, None, 0, 1.0, "gelu", wide.dtype)
 
 
 class _Layer(torch.autograd.Function):
@@ -301,11 +309,13 @@ def _backward(
         kernels("attention.backward").attention_backward(call, mixed, lse, d_mixed, None, into)
         if needs_hidden:
             d_x.addmm_(d_qkv, _joined(p.query, 3))
+    if active is None and needs.down:
+        active = _activated(wide, p)
     linears = (
         (d_qkv, x, any(needs[:3]), any(needs[3:6])),
         (d_out, _rows(mixed, x, tokens), needs.out, needs.out_bias),
         (d_up, y, needs.up, needs.up_bias),
-        (d_down, active, needs.down, needs.down_bias),
+        (d_down, wide if active is None else active, needs.down, needs.down_bias),
     )
     (qkv_grads, out_grads, up_grads, down_grads), (norm_grads, last_grads) = _of_parameters(
         linears, ((partial, norm_kinds), (last_partial, last_kinds))

@@ -107,6 +107,22 @@ def test_equals_the_layer_written_out(device, packed, dtype, norm_bias):
         assert (o.double() - g).abs().max() <= allowed
 
 
+def test_large_activations_are_made_again(device, monkeypatch):
+    """The same gradients, bit for bit, with one tensor fewer kept."""
+    hidden, tokens = _batch(True, torch.float16, device)
+    parameters = _parameters(torch.float16, device)
+    weight, results, kept = torch.randn_like(hidden), [], []
+    for most in (1 << 23, 0):
+        monkeypatch.setattr("fastformer.ops.encoder_layer.MOST_KEPT", most)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, into=shapes: into.append(t.shape) or t, lambda t: t):
+            out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+        kept.append(sum(shape == (hidden.shape[1], WIDE) for shape in shapes))
+        results.append(_gradients(out, (hidden, *parameters), weight))
+    assert kept == [2, 1]
+    assert all(map(torch.equal, *results))
+
+
 def test_dropout_and_the_second_derivative_are_those_of_the_separate_operators(device):
     settings = LayerSettings(HEADS, 0.2, 0.3, 0.4, 1e-12, 1e-5)
     hidden, tokens = _batch(True, torch.float32, device)

@@ -133,7 +133,7 @@ def plan_of(
         return Plan(packing_from_positions(call.get("position_ids"))), False
     if mask.shape != ids.shape[:2]:
         raise ValueError(f"attention_mask must have shape {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (unpad is False and torch.compiler.is_compiling()):
         return Plan(mask=mask != 0), False  # one graph for any mask
     packing = packing_from_mask(mask)
     if packing is None:

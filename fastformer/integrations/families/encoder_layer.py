@@ -23,6 +23,7 @@ from fastformer.nn.counters import count_fused
 from fastformer.nn.norm import is_plain_dropout
 from fastformer.nn.parts import has_hooks
 from fastformer.nn.recording import is_recording
+from fastformer.ops.backend import backend_for
 from fastformer.ops.encoder_layer import LayerParameters, LayerSettings, LayerTokens, encoder_layer, why_not
 from fastformer.ops.random import drawn_together
 
@@ -63,6 +64,8 @@ class EncoderLayer:
         call = batch.named_arguments(self, args, kwargs)
         hidden, plan = call.pop("hidden_states", None), call.pop("attention_mask", None)
         whole = isinstance(hidden, Tensor) and isinstance(plan, Plan) and not any(v is not None for v in call.values())
+        # `why_not` asks this too, but after all the parts were looked at one by one.
+        whole = whole and backend_for(hidden.device) != "torch"
         with drawn_together(3):
             if whole and (parameters := self._parameters_of(hidden, plan)) is not None:
                 for name in self._table.counted:

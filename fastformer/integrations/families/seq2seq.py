@@ -44,7 +44,9 @@ class PackedDecoderSide(PackedDecoder):
         keys: Packing | None = None
         if states is not None:
             if self.fastformer_unpad is not False:
-                keys = Packing.whole(*states.shape[:2], states.device) if mask is None else packing_of(mask)
+                keys = (
+                    Packing.whole(states.shape[0], states.shape[1], states.device) if mask is None else packing_of(mask)
+                )
                 call["encoder_hidden_states"] = keys.pack(states)[None]
             key_mask = None if mask is None or keys is not None else mask != 0
             cross = Plan(plan.packing, key_mask, causal=False, keys=keys)

@@ -137,9 +137,9 @@ def _as_packed(query: Tensor, key: Tensor, value: Tensor, options: Options, attn
     """Every row of the batch as one packed sequence."""
     batch, _, q_len, _ = query.shape
     k_len = key.shape[2]
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    ends = (torch.arange(0, (batch + 1) * n, n, dtype=torch.int32) for n in (q_len, k_len))
-    out = attend_on_cpu(*rows, *ends, options, attn_mask, (q_len, k_len))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    ends_q, ends_k = (n * torch.arange(batch + 1, dtype=torch.int32) for n in (q_len, k_len))
+    out = attend_on_cpu(q, k, v, ends_q, ends_k, options, attn_mask, (q_len, k_len))
     return out.unflatten(0, (batch, q_len)).transpose(1, 2)
 
 

@@ -132,7 +132,7 @@ def read_options(
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:  # torch.compile may hand in a symbol, which math.isfinite refuses
         raise ValueError(f"scale must be finite, got {scale}")
     return Options(
         float(dropout_p),

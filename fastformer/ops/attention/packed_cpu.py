@@ -42,9 +42,7 @@ def _pieces(query: Tensor, key: Tensor, lengths_q: list[int], lengths_k: list[in
     for number, (q_len, k_len) in enumerate(zip(lengths_q[:-1], lengths_k[:-1], strict=True)):
         if q_len and k_len:
             step = max(1, most // (q_len * k_len))
-            pieces += [
-                _Piece(number, q_len, k_len, first, min(heads, first + step)) for first in range(0, heads, step)
-            ]
+            pieces += [_Piece(number, q_len, k_len, first, min(heads, first + step)) for first in range(0, heads, step)]
     return pieces, groups
 
 
@@ -150,16 +148,18 @@ def _forward(
     drops = _Drops(dropout_seed, dropout_p)
     none = out.new_empty((), dtype=torch.promote_types(out.dtype, torch.float32))
     for piece in pieces:
-        i, q_len, _, *heads = piece
-        q, k, v = _heads(queries[i], *heads, groups), _heads(keys[i], *heads, 1), _heads(values[i], *heads, 1)
-        weights = _weights(q, k, bads and bads[i], bias, piece, (scale, is_causal, bottom_right))
+        i, q_len, _, first, last = piece
+        q = _heads(queries[i], first, last, groups)
+        k, v = (_heads(x[i], first, last, 1) for x in (keys, values))
+        bad_keys = None if bads is None else bads[i]
+        weights = _weights(q, k, bad_keys, bias, piece, (scale, is_causal, bottom_right))
         mask = drops.mask(weights.shape)
         if mask is not None:
             # A second derivative goes through here, and needs the weights as they were.
             weights = weights * mask if torch.is_grad_enabled() else weights.mul_(mask)
         # A view of its own: where a second derivative is taken, what `split` gives may not be written to.
         target = out.narrow(0, starts[i], q_len).transpose(0, 1)
-        _put(target, torch.baddbmm(none, weights, v, beta=0, alpha=drops.factor), *heads, groups)
+        _put(target, torch.baddbmm(none, weights, v, beta=0, alpha=drops.factor), first, last, groups)
     return out
 
 
@@ -191,7 +191,8 @@ def _backward(
     of_bias: bool,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and, if `of_bias`, of the bias."""
-    grads = grad_q, grad_k, grad_v = [torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    grads = [torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    grad_q, grad_k, grad_v = grads
     lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
     pieces, groups = _pieces(query, key, lengths_q, lengths_k)
     key, value, bad = _cleaned(key, value, is_causal)
@@ -203,22 +204,23 @@ def _backward(
     drops = _Drops(dropout_seed, dropout_p)
     none = grad_q.new_empty((), dtype=torch.promote_types(grad_q.dtype, torch.float32))
     for piece in pieces:
-        i, q_len, k_len, *heads = piece
-        q, g = _heads(queries[i], *heads, groups), _heads(sent[i], *heads, groups)
-        k, v = _heads(keys[i], *heads, 1), _heads(values[i], *heads, 1)
-        weights = _weights(q, k, bads and bads[i], wide, piece, (scale, is_causal, bottom_right))
+        i, q_len, k_len, first, last = piece
+        q, g = (_heads(x[i], first, last, groups) for x in (queries, sent))
+        k, v = (_heads(x[i], first, last, 1) for x in (keys, values))
+        bad_keys = None if bads is None else bads[i]
+        weights = _weights(q, k, bad_keys, wide, piece, (scale, is_causal, bottom_right))
         grad_weights = torch.baddbmm(none, g, v.mT, beta=0, alpha=drops.factor)
         kept, mask = weights, drops.mask(weights.shape)
         if mask is not None:
             grad_weights.mul_(mask)
             kept = weights * mask
-        _put(grads_v[i], torch.baddbmm(none, kept.mT, g, beta=0, alpha=drops.factor), *heads, 1)
+        _put(grads_v[i], torch.baddbmm(none, kept.mT, g, beta=0, alpha=drops.factor), first, last, 1)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         if grad_bias is not None:
             by_head = grad_scores.view(-1, q_len, k_len)
             _of_piece(grad_bias, by_head, piece).add_(by_head)
-        _put(grads_q[i], torch.baddbmm(none, grad_scores, k, beta=0, alpha=scale), *heads, groups)
-        _put(grads_k[i], torch.baddbmm(none, grad_scores.mT, q, beta=0, alpha=scale), *heads, 1)
+        _put(grads_q[i], torch.baddbmm(none, grad_scores, k, beta=0, alpha=scale), first, last, groups)
+        _put(grads_k[i], torch.baddbmm(none, grad_scores.mT, q, beta=0, alpha=scale), first, last, 1)
     if grad_bias is None or bias is None:
         return grads
     return [*grads, grad_bias.to(bias.dtype)]
@@ -251,9 +253,10 @@ def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, cu_q, cu_k, bias, seed = ctx.saved_tensors
+    p, is_causal, bottom_right, scale = ctx.numbers
 
     def again(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(query, key, value, cu_q, cu_k, bias, *ctx.numbers, seed)
+        return _forward(query, key, value, cu_q, cu_k, bias, p, is_causal, bottom_right, scale, seed)
 
     *found, grad_bias = differentiate("attention_packed_cpu", again, (*tensors, bias), (grad,))
     return *found, None, None, grad_bias, *[None] * 5

@@ -130,4 +130,3 @@ def attention_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras
     )
     return (out, lse) if return_lse else out
-
