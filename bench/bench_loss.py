@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.operators import DEVICE, DTYPE, ON_GPU, check, compiled, optional, run, shapes
-from fastformer.ops.loss import cross_entropy, linear_cross_entropy
+from fastformer.ops.linear_loss import linear_cross_entropy
+from fastformer.ops.loss import cross_entropy
 
 SHAPES = shapes((2, 1024, 30522, 50304, 131072), (512, 4096, 16384), 2**31)
 # (rows, hidden, classes): BERT-base's and a decoder's vocabulary.

@@ -2,11 +2,12 @@
 
     python bench/bench_tokenizer.py --data FOLDER [--peers-python PYTHON] [--rounds 3] [--write]
 
-FOLDER holds vocab/ (rank files cl100k_base.tiktoken, o200k_base.tiktoken, r50k_base.tiktoken) and text/ (*.txt.xz and
-short_strings.json.xz). PYTHON is an interpreter that has the peers installed (tiktoken, gigatoken, fastokens,
-splintr-rs, wordchipper, bpe-openai); peers that it lacks are left out, saying so. Times are CPU time of the process
-(user and system), the best of the rounds, and rounds of different libraries alternate, so that a busy machine slows
-all of them alike. --write puts the table into bench/results/cpu-<name>/tokenizer.md.
+FOLDER holds vocab/ (rank files cl100k_base.tiktoken, o200k_base.tiktoken, r50k_base.tiktoken; for tokenizers the same
+names with .tokenizer.json or .tokenizer.json.xz) and text/ (*.txt.xz, short_strings.json.xz). PYTHON is an interpreter
+that has the peers installed (tiktoken, gigatoken, fastokens, splintr-rs, wordchipper, bpe-openai, tokenizers); peers
+that it lacks have a dash. Times are CPU time of the process (user and system), the best of the rounds, and rounds of
+different libraries alternate, so that a busy machine slows all of them alike. --write puts the table, row by row, into
+bench/results/cpu-<name>/tokenizer.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = {"cl100k": "cl100k_base", "o200k": "o200k_base", "gpt2": "r50k_base"}
-PEERS = ("fastformer", "tiktoken", "gigatoken", "fastokens", "splintr", "bpe_openai")
+PEERS = ("fastformer", "tiktoken", "gigatoken", "fastokens", "splintr", "wordchipper", "bpe_openai", "tokenizers")
 ADVERSARIAL = {
     "a": lambda n: "a" * n,
     "spaces": lambda n: " " * n,
@@ -37,9 +38,11 @@ ADVERSARIAL = {
     "base64": lambda n: __import__("base64").b64encode(__import__("random").Random(4).randbytes(n * 3 // 4)).decode(),
 }
 
+TEXTS = ("english", "code", "mixed", "cjk", "multilingual")
+
 # Runs in the measuring process: argv is library, rank file, pattern, task, input file; prints seconds as JSON.
 WORKER = r"""
-import base64, json, os, sys, time
+import base64, json, lzma, os, shutil, sys, time
 os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -68,6 +71,14 @@ def load():
         import splintr
         names = {"cl100k": "CL100K_BASE_PATTERN", "o200k": "O200K_BASE_PATTERN"}
         return splintr.Tokenizer(ranks, getattr(splintr, names[pattern]), {})
+    if library == "wordchipper":
+        return wordchipper.Tokenizer.from_pretrained(os.path.basename(ranks).removesuffix(".tiktoken"))
+    if library == "tokenizers":
+        import tokenizers
+        stem = ranks.removesuffix(".tiktoken") + ".tokenizer.json"
+        if os.path.exists(stem):
+            return tokenizers.Tokenizer.from_file(stem)
+        return tokenizers.Tokenizer.from_str(lzma.open(stem + ".xz", "rt", encoding="utf-8").read())
     from bpe_openai import _bindings
     return _bindings.tokenizer_for_encoding({"cl100k": "cl100k_base", "o200k": "o200k_base"}[pattern])
 
@@ -76,6 +87,8 @@ def encoder(tok):
     if library == "tiktoken": return lambda s: tok.encode_to_numpy(s, disallowed_special=())
     if library == "fastokens": return tok.encode_ordinary
     if library == "splintr": return tok.encode_flat
+    if library == "wordchipper": return lambda s: tok.encode(s, wordchipper.SpecialFilter.include_none())
+    if library == "tokenizers": return lambda s: tok.encode(s, add_special_tokens=False)
     return tok.encode
 
 def lister(tok):
@@ -83,7 +96,8 @@ def lister(tok):
     if library == "tiktoken": return tok.encode_ordinary
     if library == "gigatoken": return lambda s: tok.encode(s).tolist()
     if library == "fastokens": return lambda s: list(tok.encode_ordinary(s).ids)
-    if library == "splintr": return tok.encode
+    if library == "wordchipper": return encoder(tok)
+    if library == "tokenizers": return lambda s: tok.encode(s, add_special_tokens=False).ids
     return tok.encode
 
 def batcher(tok):
@@ -92,12 +106,20 @@ def batcher(tok):
     if library == "gigatoken": return lambda b: tok.encode_batch(b, parallel=False)
     if library == "fastokens": return lambda b: tok.encode_batch_flat(b)
     if library == "splintr": return lambda b: tok.encode_batch_flat(b)
-    return lambda b: [tok.encode(s) for s in b]
+    if library == "tokenizers": return lambda b: tok.encode_batch_fast(b, add_special_tokens=False)
+    return lambda b, run=encoder(tok): [run(s) for s in b]
 
 clock = time.process_time
 MODULES = {"fastformer": "fastformer.tokenizer", "bpe_openai": "bpe_openai._bindings"}
 if library == "fastformer":
     sys.path.insert(0, os.environ["FASTFORMER_BENCH_ROOT"])
+if library == "wordchipper":  # knows vocabularies by name only, and looks for them in a folder of its own
+    name = os.path.basename(ranks).removesuffix(".tiktoken")
+    os.environ["WORDCHIPPER_CACHE_DIR"] = os.path.join(os.path.dirname(source), "wordchipper")
+    kept = os.path.join(os.environ["WORDCHIPPER_CACHE_DIR"], "openai", name)
+    os.makedirs(kept, exist_ok=True)
+    shutil.copy(ranks, kept)
+    import wordchipper
 __import__(MODULES.get(library, library))
 if task == "cached":
     from fastformer.tokenizer import BPETokenizer
@@ -172,6 +194,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--peers-python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=16, help="of each text at most")
     parser.add_argument("--patterns", nargs="+", default=list(VOCABULARIES), choices=list(VOCABULARIES))
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--write", action="store_true")
@@ -180,12 +203,14 @@ def main() -> None:
         "# Tokenizer, one core",
         "",
         f"{datetime.date.today()}, {cpu_name()}, Python {platform.python_version()}, commit {commit()}. "
-        f"CPU time, best of {args.rounds} alternating rounds; MB/s of UTF-8 as cold/warm (first pass and best later "
+        f"CPU time, best of {args.rounds} alternating rounds, at most "
+        f"{args.megabytes:g} MB a text; MB/s of UTF-8 as cold/warm (first pass and best later "
         "one); load in ms; one call to a list in µs. A dash: the library cannot do it, or took over five minutes.",
     ]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        tasks = list(prepare(args.data / "text", Path(folder)))
+        tasks = list(prepare(args.data / "text", Path(folder), int(args.megabytes * 1e6)))
+        lines += linear(args, Path(folder))
         for pattern in args.patterns:
             head = [
                 "",
@@ -197,9 +222,7 @@ def main() -> None:
             print("\n".join(head), flush=True)
             lines += head
             for name, task, source in tasks:
-                if (pattern != "cl100k" and task in ("call", "batch", "decode", "load", "cached")) or (
-                    name in ADVERSARIAL and pattern != "cl100k"
-                ):
+                if pattern != "cl100k" and name not in TEXTS:
                     continue
                 rows: dict[str, list[list[float] | None]] = {peer: [] for peer in args.peers}
                 vocab = args.data / "vocab" / f"{VOCABULARIES[pattern]}.tiktoken"
@@ -210,12 +233,16 @@ def main() -> None:
                 cells = [show(task, best(rows[peer]), size) for peer in args.peers]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
-        lines += linear(args, Path(folder))
-    if args.write:
-        target = ROOT / "bench" / "results" / f"cpu-{re.sub('[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}"
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "tokenizer.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"written to {target.relative_to(ROOT)}/tokenizer.md", file=sys.stderr)
+                save(lines, args.write)
+
+
+def save(lines: list[str], write: bool) -> None:
+    """The table so far into bench/results, if asked to: a run of an hour that is ended leaves what it has."""
+    if not write:
+        return
+    target = ROOT / "bench" / "results" / f"cpu-{re.sub('[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "tokenizer.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def linear(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -235,14 +262,17 @@ def linear(args: argparse.Namespace, folder: Path) -> list[str]:
     return lines
 
 
-def prepare(texts: Path, folder: Path) -> list[tuple[str, str, Path]]:
+def prepare(texts: Path, folder: Path, limit: int) -> list[tuple[str, str, Path]]:
     """The inputs as plain files: (name, task, file)."""
     out = []
-    for packed in sorted(texts.glob("*.txt.xz")):
-        name = packed.name.removesuffix(".txt.xz")
-        (folder / name).write_bytes(lzma.decompress(packed.read_bytes()))
+    for name in TEXTS:
+        text = lzma.decompress((texts / f"{name}.txt.xz").read_bytes())
+        # An equal share of every tenth: a mixed text is not mixed in every part.
+        share, step = min(len(text), limit) // 10, len(text) // 10
+        parts = [text[i * step : i * step + share].decode("utf-8", "ignore") for i in range(10)]
+        (folder / name).write_text("".join(parts), encoding="utf-8", newline="")
         out.append((name, "encode", folder / name))
-    english = (folder / "english").read_bytes()
+    english = lzma.decompress((texts / "english.txt.xz").read_bytes())
     for label, size in (("english 0.1 MB", 100_000), ("english 1 MB", 1_000_000)):
         path = folder / label.replace(" ", "_")
         path.write_bytes(english[:size].decode("utf-8", "ignore").encode())
@@ -259,7 +289,7 @@ def prepare(texts: Path, folder: Path) -> list[tuple[str, str, Path]]:
     for label, make in ADVERSARIAL.items():
         path = folder / f"adversarial_{label}"
         path.write_text(make(1_000_000), encoding="utf-8")
-        out.append((label, "encode", path))
+        out.append((f"1 MB: {label}", "encode", path))
     out.append(("decode english", "decode", folder / "english"))
     out.append(("load", "load", folder / "english_0.1_MB"))
     out.append(("load .ffbpe", "cached", folder / "english_0.1_MB"))

@@ -5,8 +5,8 @@
 
 - Noise: every time a text is seen, a share of its characters is dropped, doubled, swapped with the next or exchanged
   for another of the training text. A byte-level tokenizer then cuts the text elsewhere, as with typing errors.
-- FGM (Miyato et al. 2017): a second pass with the word embeddings moved by epsilon along their gradient, whose
-  gradients add to the first's.
+- FGM (Miyato et al. 2017): a second pass with the word embeddings moved along their gradient by epsilon times the mean
+  norm of one, whose gradients add to the first's.
 - R-Drop (Wu et al. 2021): two passes with other dropout, and alpha times the symmetric KL of their answers on the loss.
 """
 
@@ -77,7 +77,9 @@ class RobustTrainer(Trainer):
         if self.epsilon and weight.grad is not None:
             before = weight.detach().clone()
             with torch.no_grad():
-                weight.add_(self.epsilon * weight.grad / weight.grad.norm().clamp_min(1e-12))
+                # In units of a token's norm: a step that turns BERT's embeddings buries those of a new model.
+                length = self.epsilon * weight.norm(dim=1).mean()
+                weight.add_(length * weight.grad / weight.grad.norm().clamp_min(1e-12))
             transformers.Trainer.training_step(self, model, inputs, *args, **kwargs)
             with torch.no_grad():
                 weight.copy_(before)
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = recipe.arguments("robust", __doc__, without=("save_every",), epochs=5)
     recipe.add_columns(parser)
     parser.add_argument("--noise", type=float, default=0.05, metavar="X", help="share of characters (default: 0.05)")
-    parser.add_argument("--fgm", type=float, default=0.5, metavar="X", help="epsilon (default: 0.5)")
+    parser.add_argument("--fgm", type=float, default=0.5, metavar="X", help="of an embedding's norm (default: 0.5)")
     parser.add_argument("--r-drop", type=float, default=0.5, metavar="X", help="alpha (default: 0.5)")
     whole = recipe.whole_number(1, 10**6)
     parser.add_argument("--patience", type=whole, default=2, metavar="N", help="epochs without gain (default: 2)")

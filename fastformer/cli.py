@@ -57,8 +57,13 @@ def _parser() -> Parser:
         "--step",
         metavar="MODEL",
         help="instead: how many kernels a training step of a Hugging Face model launches on a GPU, stock and patched, "
-        "and what is left to fuse, counted on the CPU; a checkpoint's folder or name, or a family (bert, roberta, "
-        "gpt2, ...) of its usual size, with random weights",
+        "and what is left to fuse, counted by the profiler where there is a GPU, else on the CPU; a checkpoint's "
+        "folder or name, or a family (bert, roberta, gpt2, ...) of its usual size, with random weights",
+    )
+    info.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the parameters of that step (default: bfloat16); fp32 takes more of PyTorch's own products",
     )
     info.add_argument(
         "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
@@ -249,9 +254,10 @@ def _info(args: argparse.Namespace) -> int:
     if args.step is not None:
         from fastformer.launches.command import run
 
-        return run(args.step, args.layers, args.json)
-    if args.layers is not None:
-        raise UserError("--layers goes with --step")
+        return run(args.step, args.layers, args.json, args.dtype or "bfloat16")
+    for name in ("layers", "dtype"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --step")
     from fastformer.info import info
 
     found = info()

@@ -11,13 +11,18 @@ label smoothing, V the classes and z the z-loss factor, a row's loss is
 - z-loss: Chowdhery et al. 2022, "PaLM"; label smoothing and class weights as in torch.nn.functional.cross_entropy.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.launch import launcher
-from fastformer.kernels.rows import as_rows, cdiv, power_of_two, shape_of_program, target
+from fastformer.kernels.launch import Bound, launcher
+from fastformer.kernels.rows import as_rows, cdiv, dense_strides, power_of_two, room, row_stride, shape_of_program
+from fastformer.kernels.targets import Target, target_of
 
 BLOCK_COLUMNS = 4096
 
@@ -152,24 +157,58 @@ def cross_entropy_forward(
     """Launch the forward kernel.
 
     Args:
-        logits: (R, V), V > 0, any row stride; goal: (R,) int64, contiguous; weight: (V,) or None, contiguous.
+        logits: (..., V), V > 0, of R rows; goal: R int64, contiguous; weight: (V,) or None, contiguous.
         softcap: 0 for none.
 
     Returns:
         loss and weight of the target (0 for an ignored row) of every row, (R,) fp32, and (R, 2) fp32: the row's largest
         logit and the log of the sum of exponentials beyond it.
     """
-    rows, v = logits.shape
-    loss, weights = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    lse = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
-    if rows:
-        x, stride = as_rows(logits)
-        block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
-        _loss_forward[(rows,)](
-            x, goal, weight, loss, weights, lse, stride, ignore_index, label_smoothing, z_loss, softcap,
-            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 16, 128),
-        )  # fmt: skip
-    return loss, weights, lse
+    logits = as_rows(logits)[0]
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    run = bind_forward(logits, goal, weight, *options)
+    assert run is not None
+    return run(logits, goal, weight)
+
+
+def bind_forward(
+    logits: Tensor, goal: Tensor, weight: Tensor | None, *options: float
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """`cross_entropy_forward` of tensors laid out like these, as a function of the tensors alone; None where it
+    copies."""
+    stride, dtypes = row_stride(logits), (logits.dtype, None if weight is None else weight.dtype)
+    if stride is None:
+        return None
+    return _forward_of(target_of(logits.device), logits.device, logits.shape, stride, dtypes, *options)
+
+
+# What a call is made of beside its tensors is derived once for each kind. Keys are typed: 1 is not 1.0 to Triton.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _forward_of(
+    aim: Target,
+    device: torch.device,
+    shape: torch.Size,
+    stride: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    rows, v = math.prod(shape[:-1]), shape[-1]
+    block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
+    numbers = (stride, ignore_index, label_smoothing, z_loss, softcap, v, label_smoothing > 0, softcap > 0, block)
+    launch = Bound(_loss_forward, (rows,), numbers, shape_of_program(aim, block, 16, 128))
+
+    def run(logits: Tensor, goal: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        loss = torch.empty_strided((rows,), (1,), dtype=torch.float32, device=device)
+        weights = torch.empty_strided((rows,), (1,), dtype=torch.float32, device=device)
+        lse = room(rows, 2, torch.float32, device)
+        if rows:
+            launch(logits, goal, weight, loss, weights, lse)
+        return loss, weights, lse
+
+    return run
 
 
 def reduce_losses(loss: Tensor, weights: Tensor, mean: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -181,10 +220,27 @@ def reduce_losses(loss: Tensor, weights: Tensor, mean: bool, out_dtype: torch.dt
     Returns:
         the sum or mean of loss, () in out_dtype, and for the mean the fp32 () sum of weights.
     """
-    out = torch.empty((), dtype=out_dtype, device=loss.device)
-    total = torch.empty((), dtype=torch.float32, device=loss.device) if mean else None
-    _reduce[(1,)](loss, weights, out, total, loss.shape[0], mean, 1024, num_warps=4)
-    return out, total
+    return bind_reduction(loss, mean, out_dtype)(loss, weights)
+
+
+def bind_reduction(loss: Tensor, mean: bool, out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`reduce_losses` of as many rows, as a function of the tensors alone."""
+    return _reduction_of(loss.device, loss.shape[0], mean, out_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reduction_of(
+    device: torch.device, rows: int, mean: bool, out_dtype: torch.dtype
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    launch = Bound(_reduce, (1,), (rows, mean, 1024), {"num_warps": 4})
+
+    def run(loss: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_strided((), (), dtype=out_dtype, device=device)
+        total = torch.empty_strided((), (), dtype=torch.float32, device=device) if mean else None
+        launch(loss, weights, out, total)
+        return out, total
+
+    return run
 
 
 def cross_entropy_backward(
@@ -204,22 +260,71 @@ def cross_entropy_backward(
     """Launch the backward kernel.
 
     Args:
-        dloss: (R,) gradient of every row's loss, any stride; row_weight, lse: from forward; others as in forward.
+        dloss: (R,) gradient of every row's loss, any stride, or a scalar, which is every row's; row_weight, lse: from
+            forward; others as in forward.
         in_place: write the gradient over logits, which then must have unit stride in the last dimension.
         total: fp32 () that the gradient is divided by, or None.
 
     Returns:
-        (R, V) gradient of logits in their dtype.
+        (..., V) gradient of logits in their dtype.
     """
-    rows, v = logits.shape
-    dx = logits if in_place else torch.empty((rows, v), dtype=logits.dtype, device=logits.device)
-    if rows:
-        x, stride = as_rows(logits)
-        block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
-        weights = weight.float().sum() if weight is not None and label_smoothing > 0 else None
-        _loss_backward[(rows, cdiv(v, block))](
-            dloss, total, x, goal, weight, weights, row_weight, lse, dx, stride, dx.stride(0), dloss.stride(0),
-            ignore_index, label_smoothing, z_loss, softcap,
-            v, label_smoothing > 0, softcap > 0, block, **shape_of_program(target(logits), block, 8, 64),
-        )  # fmt: skip
-    return dx
+    logits = as_rows(logits)[0]
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    run = bind_backward(dloss, logits, goal, weight, total is not None, *options, in_place)
+    assert run is not None
+    return run(dloss, logits, goal, weight, row_weight, lse, total)
+
+
+def bind_backward(
+    dloss: Tensor, logits: Tensor, goal: Tensor, weight: Tensor | None, mean: bool, *options: float
+) -> Callable[..., Tensor] | None:
+    """`cross_entropy_backward`, for a `mean` with its total, of tensors laid out like these, as a function of the tensors
+    alone; None where it copies."""
+    strides = dloss.stride(0) if dloss.ndim else 0, row_stride(logits)
+    if strides[1] is None:
+        return None
+    dtypes = logits.dtype, dloss.dtype, None if weight is None else weight.dtype
+    return _backward_of(target_of(logits.device), logits.device, logits.shape, strides, *dtypes, mean, *options)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _backward_of(
+    aim: Target,
+    device: torch.device,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+    dloss_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    mean: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    in_place: bool,
+) -> Callable[..., Tensor]:
+    rows, v, dense = math.prod(shape[:-1]), shape[-1], dense_strides(shape)
+    dloss_stride, stride = strides
+    block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
+    smooth = label_smoothing > 0
+    numbers = (stride, stride if in_place else v, dloss_stride, ignore_index, label_smoothing, z_loss, softcap)
+    constants = (v, smooth, softcap > 0, block)
+    grid = rows, cdiv(v, block)
+    launch = Bound(_loss_backward, grid, (*numbers, *constants), shape_of_program(aim, block, 8, 64))
+
+    def run(
+        dloss: Tensor,
+        logits: Tensor,
+        goal: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor,
+        lse: Tensor,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        dx = logits if in_place else torch.empty_strided(shape, dense, dtype=dtype, device=device)
+        if rows:
+            weights = weight.float().sum() if weight is not None and smooth else None
+            launch(dloss, total, logits, goal, weight, weights, row_weight, lse, dx)
+        return dx
+
+    return run

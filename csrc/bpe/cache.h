@@ -92,14 +92,16 @@ class Cache {
     // Begins with `1 << bits` entries, or the most there may be.
     explicit Cache(int bits) { allocate(std::min(bits, largest)); }
     void prefetch(uint64_t hash) const {
-        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        const Entry* e = line(hash);
         fetch(e);
         if constexpr (sizeof(Entry) > 32) fetch(e + 1);
     }
 
+    // The two entries that may hold a key.
+    const Entry* line(uint64_t hash) const { return entries_.get() + (hash >> shift_ << 1); }
     // The ids of a key, or null.
     const uint32_t* find(const Key& key, uint64_t hash) const {
-        const Entry* e = entries_.get() + (hash >> shift_ << 1);
+        const Entry* e = line(hash);
         // Which of the two it is nobody can predict, whether it is one of them nearly always.
         bool first = e[0].key == key, second = e[1].key == key;
         const uint32_t* ids = first ? e[0].ids : e[1].ids;
@@ -153,7 +155,7 @@ class Cache {
 };
 
 using ShortCache = Cache<2, 4, 20>;    // 32 bytes each, 32 MB
-using MiddleCache = Cache<4, 8, 17>;   // 64 bytes each, 8 MB
+using MiddleCache = Cache<4, 8, 18>;   // 64 bytes each, 16 MB
 using LongCache = Cache<8, 16, 16>;    // 128 bytes each, 8 MB
 
 }  // namespace fastformer::bpe

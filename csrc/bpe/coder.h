@@ -7,6 +7,21 @@
 
 namespace fastformer::bpe::FASTFORMER_ISA {
 
+#if !defined(FASTFORMER_ISA_PROBE)
+// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
+inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t readable) {
+    return n <= ShortCache::Key::kBytes ? ShortCache::Key::of(p, n, readable) : ShortCache::Key::none();
+}
+
+// The ids beside the key in a line of two entries, or null. Which of the two it is nobody can predict, whether it is one
+// of them nearly always.
+inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
+    bool first = line[0].key == key, second = line[1].key == key;
+    const uint32_t* ids = first ? line[0].ids : line[1].ids;
+    return first | second ? ids : nullptr;
+}
+#endif
+
 class Coder final : public Encoder {
   public:
     explicit Coder(const Vocab& vocab);
@@ -33,9 +48,10 @@ class Coder final : public Encoder {
     struct Batch {
         size_t size, missed, longs;
         bool grown;  // by a pretoken of uncommon length
-        uint32_t stops[kBatch + 2];
+        const uint32_t* stops;  // where they begin, and where the last ends
+        uint32_t own_stops[kBatch + 2];
         ShortCache::Key keys[kBatch];
-        uint64_t hashes[kBatch];
+        const ShortCache::Entry* lines[kBatch];  // where the short cache may have them; until it is written to
         Slot slots[kBatch];
         uint32_t long_ones[kBatch + 1], misses[kBatch];
         Lanes::Job jobs[kBatch];
@@ -67,16 +83,16 @@ class Coder final : public Encoder {
     void finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count);
     void spill(Slot& slot, const uint32_t* ids, size_t count);
     void emit_rest(const Batch& batch, size_t from, IdBuffer& out, Marks* marks);
-    void look_up(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start, IdBuffer& out,
+    void look_up(const uint8_t* text, size_t n, const uint32_t* stops, size_t count, bool plain, IdBuffer& out,
                  Marks* marks);
     void merge(const uint8_t* p, size_t n);
     void merge_windows(const uint8_t* p, size_t n, IdBuffer& out);
     bool valid_pair(uint32_t left, uint32_t right);
 
-    // Entries for `count` keys at a load of a quarter at most: two of three that meet push out one, every time anew.
+    // Entries for `count` keys at a load of a half at most; the cache grows fourfold where text brings as many again.
     static int table_bits(size_t count) {
         int bits = 10;
-        while ((size_t{1} << bits) < 4 * count) bits++;
+        while ((size_t{1} << bits) < 2 * count) bits++;
         return bits;
     }
 
@@ -87,7 +103,7 @@ class Coder final : public Encoder {
     std::unique_ptr<Batch> batch_;
     IdBuffer spill_, whole_;
     std::vector<uint8_t> joined_;  // short texts side by side
-    std::vector<uint32_t> ends_, parts_;
+    std::vector<uint32_t> stops_, parts_;
     std::vector<uint64_t> valid_;  // left << 22 | right << 1 | whether the two may stand side by side
 };
 
@@ -120,23 +136,31 @@ inline void Coder::seed() {
 
 inline void Coder::encode_prefix(Pattern pattern, const uint8_t* text, size_t n, size_t stop, IdBuffer& out) {
     if (n >= 0xFFFFFFFFu) throw std::invalid_argument("text: at most 4 GB in one call");
-    if (ends_.empty()) ends_.resize(kScanned);
+    if (stops_.empty()) stops_.resize(kScanned + 1);
     Scanner::Function scan = scanner(pattern);
     for (size_t pos = 0; pos < stop;) {
-        size_t start = pos;
-        size_t count = scan(text, n, pos, ends_.data(), kScanned);
-        while (pos > stop && count && ends_[count - 1] > stop) count--;
-        look_up(text, n, ends_.data(), count, start, out, nullptr);
+        stops_[0] = static_cast<uint32_t>(pos);
+        size_t count = scan(text, n, pos, stops_.data() + 1, kScanned);
+        while (pos > stop && count && stops_[count] > stop) count--;
+        look_up(text, n, stops_.data(), count, true, out, nullptr);
     }
 }
 
 inline void Coder::encode_pieces(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start,
                                  IdBuffer& out) {
-    look_up(text, n, ends, count, start, out, nullptr);
+    if (stops_.empty()) stops_.resize(kScanned + 1);
+    stops_[0] = static_cast<uint32_t>(start);
+    for (size_t done = 0; done < count;) {
+        size_t some = std::min(count - done, kScanned);
+        std::copy_n(ends + done, some, stops_.data() + 1);
+        look_up(text, n, stops_.data(), some, false, out, nullptr);
+        stops_[0] = stops_[some];
+        done += some;
+    }
 }
 
 inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count, IdBuffer& out, IdBuffer& counts) {
-    if (ends_.empty()) ends_.resize(kScanned);
+    if (stops_.empty()) stops_.resize(kScanned + 1);
     if (joined_.empty()) joined_.resize(kScanned);
     Scanner::Function scan = scanner(pattern);
     size_t i = 0;
@@ -155,33 +179,34 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
             std::copy_n(texts[i].data, texts[i].size, joined_.data() + size);
             size_t pos = size;
             size += texts[i].size;
-            while (pos < size) pieces += scan(joined_.data(), size, pos, ends_.data() + pieces, kScanned - pieces);
+            while (pos < size) pieces += scan(joined_.data(), size, pos, stops_.data() + 1 + pieces, kScanned - pieces);
             marks.ends[marks.size++] = static_cast<uint32_t>(size);
         }
-        look_up(joined_.data(), size, ends_.data(), pieces, 0, out, &marks);
+        stops_[0] = 0;
+        look_up(joined_.data(), size, stops_.data(), pieces, true, out, &marks);
         marks.pass(size, out.size());
     }
 }
 
-inline void Coder::look_up(const uint8_t* text, size_t n, const uint32_t* ends, size_t count, size_t start, IdBuffer& out,
+// Appends the ids of the `count` pretokens that end at stops[1], stops[2], …, the first of which begins at stops[0];
+// `plain`: none is empty.
+inline void Coder::look_up(const uint8_t* text, size_t n, const uint32_t* stops, size_t count, bool plain, IdBuffer& out,
                            Marks* marks) {
     if (!count) return;
     // Where no character has three bytes, nothing is to be cut.
     uint8_t highest = 0;
-    for (size_t i = start; i < ends[count - 1]; i++) highest = std::max(highest, text[i]);
+    for (size_t i = stops[0]; i < stops[count]; i++) highest = std::max(highest, text[i]);
     Batch& batch = *batch_;
+    uint32_t start = stops[0];
     for (size_t done = 0; done < count; start = batch.stops[batch.size]) {
-        batch.stops[0] = static_cast<uint32_t>(start);
-        if (highest >= 0xE0) {
-            done += cut(batch, text, ends + done, count - done);
+        if (plain && highest < 0xE0) {
+            batch.stops = stops + done;
+            batch.size = std::min(kBatch, count - done);
+            done += batch.size;
         } else {
-            uint32_t at = batch.stops[0];
-            batch.size = 0;
-            for (; batch.size < kBatch && done < count; done++) {
-                batch.stops[batch.size + 1] = ends[done];
-                batch.size += ends[done] != at;  // pieces that a caller gives may be empty
-                at = ends[done];
-            }
+            batch.own_stops[0] = start;
+            batch.stops = batch.own_stops;
+            done += cut(batch, text, stops + 1 + done, count - done);
         }
         ask(batch, text, n);
         size_t found = emit_found(batch, text, n, out, marks);
@@ -201,11 +226,11 @@ inline void Coder::trim() {
     if (parts_.capacity() > kKept) std::vector<uint32_t>().swap(parts_);
 }
 
-// Fills the batch with pretokens from stops[0] on, cut between characters of three bytes that no token joins. Returns
+// Fills the batch with pretokens from own_stops[0] on, cut between characters of three bytes that no token joins. Returns
 // how many of the `ends` are in it to the last byte.
 inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends, size_t count) const {
     const Joints& joints = vocab_.joints();
-    size_t size = 0, next = 0, at = batch.stops[0];
+    size_t size = 0, next = 0, at = batch.own_stops[0];
     while (size < kBatch && next < count) {
         size_t end = ends[next];
         // Whether the last two characters may have three bytes each: a cut is worth looking for.
@@ -215,7 +240,7 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
                 uint8_t lead = text[at];
                 if (lead >= 0xE0 && lead < 0xF0) {
                     uint32_t point = (lead & 15u) << 12 | (text[at + 1] & 63u) << 6 | (text[at + 2] & 63u);
-                    batch.stops[size + 1] = static_cast<uint32_t>(at);
+                    batch.own_stops[size + 1] = static_cast<uint32_t>(at);
                     size += last && !joints.joined(last, point);
                     last = point;
                     at += 3;
@@ -226,8 +251,8 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
             }
             if (size == kBatch) break;
         }
-        batch.stops[size + 1] = static_cast<uint32_t>(end);
-        size += end != batch.stops[size];
+        batch.own_stops[size + 1] = static_cast<uint32_t>(end);
+        size += end != batch.own_stops[size];
         at = end;
         next++;
     }
@@ -242,19 +267,18 @@ inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
         size_t at = batch.stops[i], length = batch.stops[i + 1] - at;
         batch.long_ones[longs] = static_cast<uint32_t>(i);
         longs += length > ShortCache::Key::kBytes;
-        ShortCache::Key key = length <= ShortCache::Key::kBytes ? ShortCache::Key::of(text + at, length, n - at)
-                                                                : ShortCache::Key::none();
-        uint64_t hash = key.hash();
+        ShortCache::Key key = short_key(text + at, length, n - at);
+        const ShortCache::Entry* line = short_.line(key.hash());
         batch.keys[i] = key;
-        batch.hashes[i] = hash;
-        short_.prefetch(hash);
+        batch.lines[i] = line;
+        fetch(line);
     }
     for (size_t k = 0; k < longs; k++) {
         size_t i = batch.long_ones[k], at = batch.stops[i], length = batch.stops[i + 1] - at;
         if (length <= MiddleCache::Key::kBytes)
-            middle_.prefetch(batch.hashes[i] = MiddleCache::Key::of(text + at, length, n - at).hash());
+            middle_.prefetch(MiddleCache::Key::of(text + at, length, n - at).hash());
         else if (length <= LongCache::Key::kBytes)
-            long_.prefetch(batch.hashes[i] = LongCache::Key::of(text + at, length, n - at).hash());
+            long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
     }
     batch.longs = longs;
 }
@@ -282,7 +306,7 @@ inline size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t 
     size_t i = 0, before = out.size();
     for (; i < batch.size; i++) {
         if (marks) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
-        const uint32_t* ids = short_.find(batch.keys[i], batch.hashes[i]);
+        const uint32_t* ids = probe(batch.lines[i], batch.keys[i]);
         if (ids) [[likely]] {
             uint32_t head = ids[0];
             std::memcpy(to, ids, sizeof(Slot));  // all of them, whatever their count
@@ -306,7 +330,7 @@ inline void Coder::find_rest(Batch& batch, size_t from, const uint8_t* text, siz
     size_t missed = 0;
     spill_.resize(0);
     for (size_t i = from; i < batch.size; i++) {
-        if (const uint32_t* ids = short_.find(batch.keys[i], batch.hashes[i])) {
+        if (const uint32_t* ids = probe(batch.lines[i], batch.keys[i])) {
             std::memcpy(&batch.slots[i], ids, sizeof(Slot));
         } else if ((ids = find(batch, i, text, n))) {
             size_t count = (ids[0] >> kCountShift) + 1;
@@ -353,7 +377,7 @@ inline void Coder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n,
         spill(batch.slots[i], ids, count);
     }
     if (length <= ShortCache::Key::kBytes && count <= ShortCache::kIds) {
-        short_.store(batch.keys[i], batch.hashes[i], ids, count);
+        short_.store(batch.keys[i], batch.keys[i].hash(), ids, count);
     } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
         MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
         middle_.store(key, key.hash(), ids, count);

@@ -242,6 +242,12 @@ class _Graphs:
         except CannotCapture as reason:
             self.refused[key] = str(reason)
             raise
+        except capture.CaptureFailed as error:
+            reason = f"capture failed: {error}"
+            refused = {**self.refused, key: reason}
+            self.forget()
+            self.refused = refused
+            raise CannotCapture(reason) from error
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -86,9 +86,13 @@ class CapturedStep:
         self.batch.fill(like)
         wider = StaticBatch(Bucket(bucket.rows, bucket.batch + 1, bucket.seqlen + 1), like, pad_token_id, device)
         wider.fill(like)
-        # Grad mode decides which kernels run: a captured evaluation is one without gradients.
-        modes = (_unchanged(model, device), _uncached_autocast(device), _unhooked(shared.parameters))
-        with modes[0], modes[1], modes[2], torch.set_grad_enabled(trains):
+        with _unchanged(model, device), _uncached_autocast(device), contextlib.ExitStack() as aliased:
+            # Parameters move to where they are wanted, before others stand for them.
+            with torch.no_grad():
+                shared.recorder.rehearse(lambda: run(**self.batch.arguments()) and None)
+            self.parameters = aliased.enter_context(_aliased(model, shared.parameters)) if trains else []
+            # Grad mode decides which kernels run: a captured evaluation is one without gradients.
+            aliased.enter_context(torch.set_grad_enabled(trains))
             self.dims = _counting(*(self._rehearse(run, batch) for batch in (self.batch, wider)))
             del wider
             self._replay, result = shared.recorder.record(lambda: run(**self.batch.arguments()))
@@ -101,6 +105,7 @@ class CapturedStep:
                 self._record_backward([out for out in outputs if out.requires_grad])
         # Without their history, so that what it kept returns to the pool, for other buckets.
         self.outputs = [out.detach() for out in outputs]
+        self.parameters = []
 
     def _rehearse(self, run: Callable[..., Any], batch: StaticBatch) -> list[torch.Size]:
         """Shapes of the outputs, from a run that also compiles and sets up what a capture may not."""
@@ -109,8 +114,9 @@ class CapturedStep:
             outputs = [out for out in pytree.tree_leaves(run(**batch.arguments())) if isinstance(out, Tensor)]
             trained = [out for out in outputs if out.requires_grad]
             if trained:
+                _check_leaves(trained, self.shared.parameters)
                 grads = [torch.zeros_like(out) for out in trained]
-                torch.autograd.grad(trained, self.shared.parameters, grads, allow_unused=True)
+                torch.autograd.grad(trained, self.parameters, grads, allow_unused=True)
             return [out.shape for out in outputs]
 
         return self.shared.recorder.rehearse(work)
@@ -123,7 +129,7 @@ class CapturedStep:
         self.dirty = [False] * len(outputs)
 
         def backward() -> list[int]:
-            grads = torch.autograd.grad(outputs, shared.parameters, self.grads, allow_unused=True)
+            grads = torch.autograd.grad(outputs, self.parameters, self.grads, allow_unused=True)
             used = [i for i, grad in enumerate(grads) if grad is not None]
             torch._foreach_copy_([shared.sinks[i] for i in used], [grad for grad in grads if grad is not None])
             return used
@@ -227,17 +233,45 @@ def _unchanged(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
             buffer.copy_(kept)
 
 
+def _check_leaves(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """See that outputs depend on aliases alone.
+
+    Raises:
+        CannotCapture: they depend on one of `parameters` itself, which something has kept outside its module.
+    """
+    real, seen = {id(p) for p in parameters}, set()
+    found: list[Any] = [out.grad_fn for out in outputs]
+    while found:
+        node = found.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in real:
+            raise CannotCapture("a parameter that is read from outside its module")
+        found.extend(following for following, _ in node.next_functions)
+
+
 @contextlib.contextmanager
-def _unhooked(parameters: Iterable[Any]) -> Iterator[None]:
-    """Without the hooks of parameters, which autograd runs when a replay hands it the gradients."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for p, _ in hooked:
-        p._backward_hooks = None
+def _aliased(model: torch.nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Other leaves of autograd in the place of `parameters`, of the same memory, in their order.
+
+    A parameter's own node of accumulation lives as long as any loss of an earlier step, has hooks, and remembers the
+    stream on which it was made; a capture must not wait for that one.
+    """
+    aliases: dict[int, Tensor] = {id(p): torch.nn.Parameter(p.detach()) for p in parameters}
+    held: list[tuple[dict[str, Any], str, Any]] = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if id(p) in aliases
+    ]
     try:
-        yield
+        for holder, name, p in held:
+            holder[name] = aliases[id(p)]
+        yield list(aliases.values())
     finally:
-        for p, hooks in hooked:
-            p._backward_hooks = hooks
+        for holder, name, p in held:
+            holder[name] = p
 
 
 @contextlib.contextmanager

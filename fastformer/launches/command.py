@@ -11,23 +11,28 @@ from typing import Any
 import torch
 
 from fastformer.demo.errors import UserError
+from fastformer.launches.cost import reason
 from fastformer.launches.step import PHASES, Comparison, compare
 
 _LENGTHS = (16, 9, 12, 5)  # tokens of the sequences of the batch that is counted
 
 
-def run(name: str, layers: int | None, as_json: bool) -> int:
-    """Count, and print a table or JSON. Returns the exit code.
+def run(name: str, layers: int | None, as_json: bool, dtype: str) -> int:
+    """Count on a GPU if there is one, and print a table or JSON. Returns the exit code.
+
+    Args:
+        name: a checkpoint or a family. layers: of a family. dtype: name of the parameters' dtype.
 
     Raises:
         UserError: there is no such model, or nothing to count with.
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError('counting needs transformers: pip install "fastformer[transformers]"')
-    print(f"fastformer info: making {name} and running its steps on the CPU", file=sys.stderr, flush=True)
-    model = _model(name, layers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"fastformer info: making {name} ({dtype}) and running its steps on {device}", file=sys.stderr, flush=True)
+    model = _model(name, layers).to(device, getattr(torch, dtype))
     try:
-        found = compare(model, _batch(model))
+        found = compare(model, {key: value.to(device) for key, value in _batch(model).items()})
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{name}: {error}".rstrip(".")) from None
     print(json.dumps(as_dict(found), indent=1) if as_json else found)
@@ -77,8 +82,12 @@ def _batch(model: Any) -> dict[str, torch.Tensor]:
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
-    """For JSON: launches by phase, by part and by operator, stock and patched."""
-    result: dict[str, Any] = {"model": found.model, "share": found.share}
+    """For JSON: launches by phase, by part and by operator, stock and patched, and the patched ones with reasons."""
+    result: dict[str, Any] = {"model": found.model, "counted": found.where, "share": found.share}
+    result["left"] = [
+        {"part": part, "phase": phase, "operator": name, "launches": n, "reason": reason(name, phase)}
+        for part, phase, name, n in found.left()
+    ]
     for name, count in (("stock", found.stock), ("patched", found.patched)):
         phases, layers = count.by_phase(), count.by_layer()
         result[name] = {

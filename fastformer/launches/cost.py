@@ -37,37 +37,61 @@ _SEVERAL = {
     "native_layer_norm_backward": 2,  # of the input; of weight and bias
     "nll_loss_backward": 2,  # zeros, then one place a row
     "scaled_dot_product_attention_backward": 2,  # rows' products of output and gradient; the three gradients
+    "select_backward": 2,  # zeros, then the copy
 }
+_NORM_EXTRA = 2  # zeros for the blocks' sums before, the tensors' sums of those after
 READS = {"_local_scalar_dense", "nonzero", "masked_select"}
 
 # multi_tensor_apply: tensors a launch by number of lists, blocks a launch, elements a block.
 _TENSORS, _BLOCKS, _CHUNK = (110, 64, 48, 36, 30), 320, 65536
 
-# Why an operator that is left in a patched model is there.
+# Why an operator that is left in a patched model is there; kernels of fastformer's under their own names.
 REASONS = {
     "addmm": "matrix product, bias in its epilogue",
+    "addmm_": "matrix product, adding to the gradient of the residual",
     "mm": "matrix product",
     "bmm": "matrix product",
-    "sum": "gradient of a bias that no fused operator has",
+    "sum": "gradient of a bias, or of a table read as a whole, outside the layers",
     "cat": "gradients of query, key and value side by side",
-    "randint": "a seed for dropout",
+    "randint": "the seeds of all dropouts",
     "add": "a gradient that arrives along two ways",
     "gelu": "activation",
     "gelu_backward": "activation",
-    "tanh": "pooler",
-    "tanh_backward": "pooler",
-    "_foreach_norm": "clipping",
-    "_foreach_mul_": "clipping",
+    "tanh": "pooler's activation",
+    "tanh_backward": "pooler's activation",
+    "select_backward": "first tokens' gradient, among zeros",
+    "_foreach_norm": "norms of all gradients at once",
+    "_foreach_mul_": "clipping all gradients at once",
+    "_foreach_add_": "step counts of all parameters at once",
     "_fused_adamw_": "all parameters at once",
     "_log_softmax": "loss",
     "_log_softmax_backward_data": "loss",
     "nll_loss_forward": "loss",
     "nll_loss_backward": "loss",
+    "ones_like": "gradient of the loss",
+    "zeros_like": "rows of a table that take no gradient",
     "embedding": "table lookup",
-    "embedding_dense_backward": "gradient of a table",
-    "native_dropout": "head",
-    "native_dropout_backward": "head",
+    "embedding_dense_backward": "gradient of a table, and its zeros",
+    "native_dropout": "head's dropout",
+    "native_dropout_backward": "head's dropout",
+    "fastformer::packing.facts": "lengths of the sequences, for the host",
+    "fastformer::packing.places": "where packed tokens come from",
+    "fastformer::packing.move": "removing padding, and putting it back",
+    "fastformer::embedding.embed": "three tables, norm and dropout",
+    "fastformer::norm.forward_tile": "dropout, residual and norm",
+    "fastformer::norm.backward_tile": "norm, residual and dropout",
+    "fastformer::activation.forward": "bias and activation",
+    "fastformer::activation.backward": "activation, or dropout",
+    "fastformer::gradients.gradients": "all weights, biases and norms of a layer",
+    "fastformer::rows.sum_partials": "a norm's weight and bias",
 }
+
+
+def reason(name: str, phase: str) -> str:
+    """Why an operator is left."""
+    if phase == "loop":
+        return REASONS[name] if name in ("_foreach_norm", "_foreach_mul_", "ones_like") else "clipping's factor"
+    return REASONS.get(name, "fused" if name.startswith("fastformer::") else "around the layers")
 
 
 def launches(schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
@@ -84,8 +108,11 @@ def launches(schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: A
         return 0
     lists = [a for a in args if isinstance(a, list | tuple) and a and all(isinstance(t, Tensor) for t in a)]
     if name.startswith(("_foreach_", "_fused_")):
-        depth = max(1, len(lists)) + (0 if writes else 1)
-        return multi_tensor_launches([t.numel() for t in lists[0]], min(depth, 5)) if lists else 0
+        depth = 1 if name == "_foreach_norm" else len(lists) + (0 if writes else 1)
+        if not lists:
+            return 0
+        extra = _NORM_EXTRA if name == "_foreach_norm" else 0
+        return multi_tensor_launches([t.numel() for t in lists[0]], min(depth, 5)) + extra
     touched = [t for t in pytree.tree_leaves(args[:1] if writes else result) if isinstance(t, Tensor)]
     if touched and not any(t.numel() for t in touched):
         return 0

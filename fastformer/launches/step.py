@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastformer.integrations import patch, unpatch
 from fastformer.launches import cost
+from fastformer.launches.profiled import profiled
 from fastformer.launches.tracing import Launch, tracing
 
 PHASES = ("forward", "backward", "loop", "optimizer")
@@ -24,7 +25,8 @@ class StepCount:
 
     Attributes:
         launches: every operator's, in order.
-        host_reads: times the host reads a tensor's value before the optimizer, which on a GPU waits for it.
+        host_reads: times the host reads a tensor's value before the optimizer, which on a GPU waits for it (where the
+            profiler counts: times the host waits).
     """
 
     launches: list[Launch]
@@ -65,23 +67,27 @@ def _part(launch: Launch) -> str:
 def count_launches(model: torch.nn.Module, step: Callable[[], Any]) -> StepCount:
     """Count the kernel launches of `step()`: forward, backward, optimizer, in any loop.
 
-    The step runs on the CPU as a GPU would run it (sm_90, PyTorch's fused attention and dropout); results of
-    fastformer's operators are not computed, so parameters are to be thrown away afterwards.
+    On a GPU PyTorch's profiler counts what the step launches. On the CPU the step runs as a GPU would run it (sm_90,
+    PyTorch's fused attention and dropout); results of fastformer's operators are then not computed, so parameters are
+    to be thrown away afterwards.
 
     Args:
-        model: on the CPU, stock or patched; its modules name the parts.
-        step: runs a training step of it.
+        model: on the CPU or one GPU, stock or patched; its modules name the parts.
+        step: runs a training step of it, not the first, which compiles and sets up.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: it is not on the CPU.
-        RuntimeError: Triton is missing, or in interpreter mode.
+        ValueError: it is on another device, or on several.
+        RuntimeError: on the CPU: Triton is missing, or in interpreter mode.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    devices = {p.device.type for p in model.parameters()} - {"cpu"}
-    if devices:
-        raise ValueError(f"model must be on the CPU to be counted, got parameters on {devices.pop()}")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"model must be on the CPU or one GPU to be counted, got parameters on {names}")
+    if any(device.type == "cuda" for device in devices):
+        return StepCount(*profiled(model, step, devices.pop()))
     with tracing(model) as tracer:
         step()
     return StepCount(tracer.launches, tracer.host_reads)
@@ -111,6 +117,12 @@ class Comparison:
     model: str
     stock: StepCount
     patched: StepCount
+    where: str = "as a GPU would launch them"
+
+    def left(self) -> list[tuple[str, str, str, int]]:
+        """(part, phase, operator, launches) of what a patched step launches, in the order of the step."""
+        found = self.patched.by(lambda launch: (_part(launch), launch.phase, launch.operator))
+        return [(*place, number) for place, number in found.items()]
 
     @property
     def share(self) -> float:
@@ -130,12 +142,13 @@ class Comparison:
         rows.append(("the step", str(self.stock.total), "", str(self.patched.total), f"{self.share:.0%}"))
         rows.append(("host reads", str(self.stock.host_reads), "", str(self.patched.host_reads), ""))
         width = max(len(row[0]) for row in rows) + 2
-        lines = [f"Kernel launches of one training step of {self.model}, as a GPU would launch them"]
+        lines = [f"Kernel launches of one training step of {self.model}, {self.where}"]
         lines += [row[0].ljust(width) + "".join(cell.rjust(10) for cell in row[1:]) for row in rows]
-        lines.append("left when patched:")
-        for name, number in self.patched.by_operator().most_common():
-            why = "fused" if name.startswith("fastformer::") else cost.REASONS.get(name, "around the layers")
-            lines.append(f"{number:>6}  {name.removeprefix('fastformer::')}: {why}")
+        lines.append("left when patched, and why:")
+        for part, phase, name, number in self.left():
+            where = f"{part}, {phase}" if part not in ("(loop)", "(optimizer)") else part.strip("()")
+            shown = name.removeprefix("fastformer::")
+            lines.append(f"{number:>6}  {where}: {shown} ({cost.reason(name, phase)})")
         return "\n".join(lines)
 
 
@@ -145,7 +158,7 @@ def compare(model: torch.nn.Module, batch: dict[str, Tensor], clip: bool = True)
     Stock updates by AdamW as PyTorch runs it on a GPU by default (multi-tensor), patched by its fused AdamW.
 
     Args:
-        model: a stock model in training mode, on the CPU.
+        model: a stock model in training mode, on the CPU or one GPU.
         batch: arguments of a call that returns a loss.
         clip: whether the loop clips gradients.
 
@@ -157,7 +170,9 @@ def compare(model: torch.nn.Module, batch: dict[str, Tensor], clip: bool = True)
     patch(model)
     patched = _count(model, batch, training_step(model, clip, fused=True))
     unpatch(model)
-    return Comparison(type(model).__name__, stock, patched)
+    device = next(model.parameters()).device
+    where = "as a GPU would launch them" if device.type == "cpu" else f"as {device} launched them"
+    return Comparison(type(model).__name__, stock, patched, where)
 
 
 def _count(model: torch.nn.Module, batch: dict[str, Tensor], step: Callable[[dict[str, Tensor]], None]) -> StepCount:

@@ -35,7 +35,7 @@ class Launch:
     Attributes:
         phase: "forward", "backward", "optimizer" or "loop" (whatever the step does between them).
         module: dotted name of the module, "" for none.
-        operator: PyTorch's name ("addmm") or the kernel's after "fastformer::".
+        operator: PyTorch's name ("addmm") or "fastformer::" and the kernel's ("norm.forward_tile").
         kernels: how many kernels.
     """
 
@@ -149,7 +149,8 @@ def _counting(tracer: Tracer) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def count(self: Any, *args: Any, **kwargs: Any) -> None:
-        tracer.add(f"fastformer::{self.fn.__name__.strip('_')}", 1)
+        operator = self.fn.__module__.removeprefix("fastformer.kernels.").split(".")[0]
+        tracer.add(f"fastformer::{operator}.{self.fn.__name__.strip('_')}", 1)
         if self.fn.__name__ in COMPUTED:
             with torch.utils._python_dispatch._disable_current_modes():
                 COMPUTED[self.fn.__name__](*args)

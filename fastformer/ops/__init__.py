@@ -19,7 +19,7 @@ _HOMES = {
     "embedding_layer_norm": "embedding",
     "geglu": "activation",
     "layer_norm": "norm",
-    "linear_cross_entropy": "loss",
+    "linear_cross_entropy": "linear_loss",
     "merge_attention": "attention",
     "pool_packed": "pooling",
     "relu_squared": "activation",

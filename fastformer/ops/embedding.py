@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
-from fastformer.ops.norm import norm_reference
+from fastformer.ops.norm_operator import norm_reference
 from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor

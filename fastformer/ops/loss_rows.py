@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,14 @@ class LossOptions(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
+
+
+class Reduction(NamedTuple):
+    """What the reduced loss's backward needs to know beside tensors."""
+
+    options: LossOptions
+    mean: bool
+    out_dtype: torch.dtype
 
 
 def compose(
@@ -67,10 +76,8 @@ def _rows_fake(logits, goal, weight, ignore_index, smoothing, z_loss, cap):
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, goal, weight, *options = inputs
-    _, row_weight, lse = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_weight)
-    ctx.save_for_backward(logits, goal, weight, row_weight, lse)
+    ctx.save_for_backward(logits, goal, weight, *output[1:])
     ctx.options = options
 
 
@@ -105,13 +112,31 @@ def _run_rows_gradient(
     return kernels("loss").cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False)
 
 
-rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward, _rows_second, visible=2)
+rows_op = Operator("cross_entropy", _rows_forward, _rows_fake, _rows_setup, _rows_backward, _rows_second, visible=1)
 _rows_gradient = Kernel(
     "cross_entropy_backward", _run_rows_gradient, lambda dloss, logits, *_: logits.new_empty(logits.shape)
 )
 
 
 # Their sum or mean: an operator from logits to one number.
+
+
+def bind_reduced(
+    logits: Tensor, goal: Tensor, weight: Tensor | None, reduction: Reduction
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """The operator's function for tensors laid out like these, logits (..., V), None where it copies."""
+    options, mean, out_dtype = reduction
+    run = kernels("loss").bind_forward(logits, goal, weight, *options)
+    if run is None:
+        return None
+    reduce = kernels("loss").bind_reduction(goal.reshape(-1), mean, out_dtype)
+
+    def reduced(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        losses, row_weight, lse = run(*tensors)
+        loss, total = reduce(losses, row_weight)
+        return loss, row_weight, lse, total
+
+    return reduced
 
 
 def _reduced_forward(
@@ -140,26 +165,48 @@ def _reduced_fake(logits, goal, weight, ignore_index, smoothing, z_loss, cap, me
 
 
 def _reduced_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, goal, weight, *options, mean, out_dtype = inputs
+    *_, mean, out_dtype = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, goal, weight, *output[1:])
-    ctx.options, ctx.kind = options, (mean, out_dtype)
+    ctx.numbers = Reduction(LossOptions(*inputs[3:7]), mean, out_dtype)
+    ctx.save_for_backward(*_saved(ctx.numbers, inputs, output))
+
+
+def _saved(numbers: Reduction, tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """logits, targets, class weights; rows' weights and lse, sum of weights."""
+    return *tensors[:3], *results[1:]
 
 
 def _reduced_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
     *tensors, total = ctx.saved_tensors
     gradient = None
     if dloss is not None:
-        gradient = _reduced_gradient(dloss, *tensors, total if ctx.kind[0] else None, *ctx.options)
+        options, mean, _ = ctx.numbers
+        gradient = _reduced_gradient(dloss, *tensors, total if mean else None, *options)
     return gradient, *[None] * 8
+
+
+def _bind(
+    numbers: Reduction, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    run = None
+    if grads[0] is not None:
+        run = kernels("loss").bind_backward(grads[0], *saved[:3], numbers.mean, *numbers.options, False)
+    if run is None:
+        return None
+
+    def back(grads: tuple[Tensor, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        return run(*grads, *saved), None, None
+
+    return back
 
 
 def _reduced_second(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
     logits, goal, weight, *_rest = ctx.saved_tensors
-    options, (mean, out_dtype) = LossOptions(*ctx.options), ctx.kind
+    options, mean, out_dtype = ctx.numbers
 
     def reference(logits: Tensor) -> Tensor:
-        loss = compose(logits.float(), goal, weight, "mean" if mean else "sum", options, goal.shape)
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        loss = compose(rows, goal.reshape(-1), weight, "mean" if mean else "sum", options, goal.shape)
         return loss.to(out_dtype)
 
     return *differentiate("cross_entropy", reference, (logits,), (dloss,)), *[None] * 8
@@ -179,7 +226,6 @@ def _run_reduced_gradient(
     cap: float,
 ) -> Tensor:
     options = (ignore_index, smoothing, z_loss, cap)
-    dloss = dloss.expand(logits.shape[0])
     return kernels("loss").cross_entropy_backward(dloss, logits, goal, weight, row_weight, lse, *options, False, total)
 
 
@@ -191,6 +237,8 @@ reduced_op = Operator(
     _reduced_backward,
     _reduced_second,
     visible=1,
+    saved=_saved,
+    bind=_bind,
 )
 _reduced_gradient = Kernel(
     "cross_entropy_reduced_backward", _run_reduced_gradient, lambda dloss, logits, *_: logits.new_empty(logits.shape)

@@ -425,7 +425,12 @@ def attention_backward(
             return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
         return _backward_key, (programs,), others, {**call.constants, **config.options(target)}
 
-    if query.numel() or out.numel():
+    hopper = False
+    if hopper_chosen(query.device):
+        from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
+
+        hopper = hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq)
+    if (query.numel() or out.numel()) and not hopper:
         call.launch(
             ("dQ", out.stride(), grad_out.stride(), dl_strides, dq.stride()),
             (
@@ -434,10 +439,7 @@ def attention_backward(
             ),
             prepare_query,
         )  # fmt: skip
-    hopper = False
     if hopper_chosen(query.device):
-        from fastformer.kernels.attention.hopper import hopper_backward_key
-
         hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
     if (key.numel() or value.numel()) and not hopper:
         call.launch(

@@ -1,16 +1,19 @@
 """Launchers of the Hopper kernels, and which calls they take."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastformer.kernels.attention import hopper_backward_key as by_key
+from fastformer.kernels.attention import hopper_backward_query as by_query
+from fastformer.kernels.attention import hopper_forward as by_rows
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.hopper_backward import backward_key_kernel
-from fastformer.kernels.attention.hopper_forward import forward_kernel
 
-BLOCK = 128  # rows of a program: queries in forward, keys in backward
+BLOCK = 128  # query rows of a program
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
 FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 # Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (36 to 40 bytes), and windows or softcap at
@@ -18,13 +21,21 @@ FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 if NEWER:
     FORWARD |= {64: (64, 4), 128: (64, 4)}
-# Head dimension: (tile of queries, stages) of the dK and dV kernel. At 128 the two sums leave too few registers: with
-# tiles of 32 queries 32 bytes spill.
-BACKWARD_KEY = {64: (64, 3)}
+# dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two). At 256 its sum fills half of the
+# registers, and tiles of 64 keys, the fewest in which unsound ones can be looked for, spill 112 to 316 bytes.
+QUERY = {64: (64, 6), 128: (64, 6)}
+# dK and dV: head dimension: (tile of queries, stages). At 128 the two sums leave registers for 32 queries on every
+# Triton; with 64 there are versions and rules that spill 12 to 96 bytes.
+KEY = {64: (64, 3), 128: (32, 4), 256: (32, 4)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
 _DTYPES = (torch.float16, torch.bfloat16)
 _LAYOUT = NVMMASharedLayout(128, 16, 2)
+_VECTOR = NVMMASharedLayout(0, 32, 1)
+
+forward_kernel = by_rows.forward_kernel
+backward_query_kernel = by_query.backward_query_kernel
+backward_key_kernel = by_key.backward_key_kernel
 
 
 class _Plane:
@@ -70,8 +81,13 @@ class _Plane:
         return self.row_batch, self.row_head, self.column_head
 
 
-def _planes(call: Call) -> list[_Plane] | None:
-    """Query, key and value, or None for a call that the kernels do not take."""
+def _vector(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of a contiguous tensor of one number a row."""
+    return TensorDescriptor(x, [x.numel()], [1], [rows], _VECTOR)
+
+
+def _planes(call: Call, grad_out: Tensor | None = None) -> list[_Plane] | None:
+    """Query, key, value and the gradient of the output, or None for a call that the kernels do not take."""
     rules = call.mask is not None or call.slopes is not None or call.sinks is not None or call.constants["DROPOUT"]
     if rules or call.head_dim != call.value_dim or call.head_dim not in FORWARD:
         return None
@@ -82,10 +98,29 @@ def _planes(call: Call) -> list[_Plane] | None:
         return None
     if not (call.query.numel() and call.key.numel()):
         return None
+    tensors = [call.query, call.key, call.value] + ([] if grad_out is None else [grad_out])
     try:
-        return [_Plane(x, call.strides(x)) for x in (call.query, call.key, call.value)]
+        return [_Plane(x, call.strides(x)) for x in tensors]
     except ValueError:
         return None
+
+
+def _constants(call: Call) -> dict[str, Any]:
+    names = ("GROUP", "BOTTOM_RIGHT", "CAUSAL", "LEFT", "RIGHT", "SOFTCAP", "HEAD_DIM")
+    return {name: call.constants[name] for name in names} | {"num_warps": 4}
+
+
+def _rows(call: Call) -> tuple[int, int]:
+    """(batch, head) strides of the LSE and of delta."""
+    return (0, call.query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
+
+
+def _order(call: Call) -> tuple[int, int, int]:
+    """(tiles of queries, planes, planes whose keys and values stay in L2 together)."""
+    tiles = max(1, triton.cdiv(call.q_len, BLOCK))
+    planes = (call.batch + call.packed) * call.heads
+    section = call.constants["GROUP"] * max(1, _L2_BYTES // (4 * max(1, call.k_len) * call.head_dim))
+    return tiles, planes, min(section, planes)
 
 
 def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
@@ -100,22 +135,43 @@ def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
     out = call.empty_like(query)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-    o_sb, o_sh, o_st = call.strides(out)
-    l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-    tiles = max(1, triton.cdiv(call.q_len, BLOCK))
-    count = (call.batch + call.packed) * call.heads
-    group = call.heads // call.kv_heads
-    section = group * max(1, _L2_BYTES // (4 * max(1, call.k_len) * call.head_dim))
+    tiles, count, section = _order(call)
     q, k, v = planes
     forward_kernel[(tiles * count,)](
         q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), out, lse, call.cu_q, call.cu_k,
-        *q.steps, *k.steps, *v.steps, o_sb, o_sh, o_st, l_sb, l_sh, tiles, call.heads, count, min(section, count),
+        *q.steps, *k.steps, *v.steps, *call.strides(out), *_rows(call), tiles, call.heads, count, section,
         call.q_len, call.k_len, tokens, *call.scales, call.left, call.right,
-        GROUP=group, BOTTOM_RIGHT=call.constants["BOTTOM_RIGHT"], CAUSAL=call.constants["CAUSAL"],
-        LEFT=call.left >= 0, RIGHT=call.right >= 0, SOFTCAP=call.constants["SOFTCAP"], HEAD_DIM=call.head_dim,
-        BLOCK_N=block_n, STAGES=stages, num_warps=4,
+        BLOCK_N=block_n, STAGES=stages, **_constants(call),
     )  # fmt: skip
     return out, lse
+
+
+def hopper_backward_query(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor, dq: Tensor
+) -> bool:
+    """Fills dq and delta, or answers False for a call that these kernels do not take.
+
+    Args:
+        out, lse: as the forward kernel leaves them; lse and delta contiguous. grad_out: like the output.
+        grad_lse: like lse, any strides, or None.
+    """
+    planes = _planes(call, grad_out)
+    if planes is None or call.head_dim not in QUERY:
+        return False
+    block_n, slots = QUERY[call.head_dim]
+    tiles, count, section = _order(call)
+    dl_strides: tuple[int, ...] = (0, 0, 0)
+    if grad_lse is not None:
+        dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
+    q, k, v, do = planes
+    backward_query_kernel[(tiles * count,)](
+        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse, grad_lse,
+        delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
+        *call.strides(dq), *_rows(call), *dl_strides, tiles, call.heads, count, section, call.q_len, call.k_len,
+        call.query.shape[0] if call.packed else 0, call.scale, *call.scales, call.left, call.right,
+        BLOCK_N=block_n, SLOTS=slots, **_constants(call),
+    )  # fmt: skip
+    return True
 
 
 def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> bool:
@@ -124,25 +180,19 @@ def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor
     Args:
         lse, delta: as the forward and dQ kernels leave them; contiguous. grad_out: like the output.
     """
-    planes = _planes(call)
-    if planes is None or call.head_dim not in BACKWARD_KEY:
+    planes = _planes(call, grad_out)
+    if planes is None or call.head_dim not in KEY or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
         return False
-    try:
-        do = _Plane(grad_out, call.strides(grad_out))
-    except ValueError:
-        return False
-    block_m, stages = BACKWARD_KEY[call.head_dim]
-    q, k, v = planes
-    l_sb, l_sh = (0, call.query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
-    tiles = max(1, triton.cdiv(call.k_len, BLOCK))
+    block_m, stages = KEY[call.head_dim]
+    q, k, v, do = planes
+    block_n = BLOCK if call.head_dim <= 128 else BLOCK // 2
+    tiles = max(1, triton.cdiv(call.k_len, block_n))
     count = (call.batch + call.packed) * call.kv_heads
     backward_key_kernel[(tiles * count,)](
-        q.descriptor(block_m), k.descriptor(BLOCK), v.descriptor(BLOCK), do.descriptor(block_m), lse, delta, dk, dv,
-        call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(dk), l_sb, l_sh, tiles,
-        call.kv_heads, count, call.q_len, call.k_len, call.key.shape[0] if call.packed else 0, call.scale,
-        *call.scales, call.left, call.right,
-        GROUP=call.heads // call.kv_heads, BOTTOM_RIGHT=call.constants["BOTTOM_RIGHT"], CAUSAL=call.constants["CAUSAL"],
-        LEFT=call.left >= 0, RIGHT=call.right >= 0, SOFTCAP=call.constants["SOFTCAP"], HEAD_DIM=call.head_dim,
-        BLOCK_M=block_m, STAGES=stages, num_warps=4,
+        q.descriptor(block_m), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(block_m),
+        _vector(lse, block_m), _vector(delta, block_m), dk, dv, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps,
+        *do.steps, *call.strides(dk), *_rows(call), tiles, call.kv_heads, count, call.q_len, call.k_len,
+        call.key.shape[0] if call.packed else 0, *call.scales, call.left, call.right,
+        BLOCK_M=block_m, STAGES=stages, **_constants(call),
     )  # fmt: skip
     return True

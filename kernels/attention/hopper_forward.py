@@ -19,26 +19,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastformer.kernels.attention import score
 from fastformer.kernels.attention.hopper_gluon import barriers, held, tma_load
-
-CONSUMERS: gl.constexpr = gl.constexpr(2)
-ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what one wgmma of four warps takes
-PROBE: gl.constexpr = gl.constexpr(8)  # columns of the narrowest wgmma
-PROBED: gl.constexpr = gl.constexpr(64)  # head dimensions that a row of 128 bytes holds
-LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-
-
-@gluon.constexpr_function
-def wide_layout(head_dim):
-    """16 bytes a thread, rows whole: for memory."""
-    lanes = head_dim // 8
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
-
-
-# The rules that need no layout are those of the portable kernels.
-key_range = gluon.jit(score.key_range.fn)
-tanh = gluon.jit(score.tanh.fn)
+from fastformer.kernels.attention.hopper_shared import (
+    CONSUMERS,
+    LN2,
+    PROBE,
+    PROBED,
+    ROWS,
+    blank,
+    in_section,
+    key_range,
+    mend,
+    tanh,
+    wide_layout,
+    within_band,
+)
 
 
 @gluon.jit
@@ -68,57 +63,6 @@ def _produce(
 
 
 @gluon.jit
-def _mend(
-    k, v, zeros, flags, meet, met, WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Finds the keys of a tile whose values hold NaN or Inf; zeroes these values, and makes the keys NaN instead.
-
-    So their scores are NaN in rows that see them and masked in the others, where a weight of zero times NaN would not
-    be zero.
-
-    All consumers see the same tile and decide alike. If there are any, they meet before the first of them writes and
-    after the last has written; each zeroes its share.
-
-    Args:
-        k, v: [BLOCK_N, HEAD_DIM], arrived. zeros: [PROBE, PROBED] of zeros.
-        flags: int32 [BLOCK_N], of this consumer: room to turn a vector in.
-        met: phases of `meet` that are over.
-
-    Returns:
-        phases of `meet` that are over now.
-    """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PROBE, 16])
-    probe = gl.zeros([BLOCK_N, PROBE], gl.float32, layout)
-    # Zero times NaN or Inf is NaN, and the tensor cores look at a tile in no time.
-    for part in gl.static_range(HEAD_DIM // PROBED):
-        some = v.slice(part * PROBED, PROBED, 1)
-        probe = warpgroup_mma(some, zeros.permute((1, 0)), probe, use_acc=part > 0, is_async=True)
-    probe = warpgroup_mma_wait(0, deps=[probe])
-    sound = gl.min((probe == 0.0).to(gl.int32), 1)
-    flags.store(sound)
-    # A layout in which every warp holds all of them: then no warp waits for another within the minimum.
-    all_keys: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, BLOCK_N // 32], [1, 32], [4, 1], [1, 0]))
-    if gl.min(flags.load(all_keys), 0) == 0:
-        PART: gl.constexpr = 16  # few registers at a time
-        rows: gl.constexpr = wide_layout(HEAD_DIM)
-        mbarrier.arrive(meet.index(0), count=1)
-        mbarrier.wait(meet.index(0), met & 1)
-        for part in gl.static_range(WHICH, BLOCK_N // PART, CONSUMERS):
-            kept = flags.slice(part * PART, PART).load(gl.SliceLayout(1, rows)) != 0
-            values = v.slice(part * PART, PART)
-            x = values.load(rows)
-            values.store(gl.where(kept[:, None], x, gl.zeros_like(x)))
-            keys = k.slice(part * PART, PART)
-            y = keys.load(rows)
-            keys.store(gl.where(kept[:, None], y, gl.full_like(y, float("nan"))))
-        fence_async_shared()
-        mbarrier.arrive(meet.index(0), count=1)
-        mbarrier.wait(meet.index(0), (met + 1) & 1)
-        met += 2
-    return met
-
-
-@gluon.jit
 def _soften(
     qk, peak, total, start, row, offset, k_len, left, right, scale_in, scale_out,
     CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr,
@@ -139,13 +83,8 @@ def _soften(
         factor = scale_in
     if CHECK:
         column = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-        seen = (column < k_len)[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= row[:, None] + offset)
-        if LEFT:
-            seen = seen & (column[None, :] >= row[:, None] + offset - left)
-        if RIGHT:
-            seen = seen & (column[None, :] <= row[:, None] + offset + right)
+        inside = (column < k_len)[None, :]
+        seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
         qk = gl.where(seen, qk, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(qk, 1))
     base = new_peak * factor
@@ -178,7 +117,7 @@ def _advance(
     mbarrier.wait(k_full.index(stage), phase)
     if CHECK:
         mbarrier.wait(v_full.index(stage), phase)
-        met = _mend(k_smem.index(stage), v_smem.index(stage), zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
+        met = mend(v_smem.index(stage), k_smem.index(stage), zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
     qk = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
     qk = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), qk, use_acc=False, is_async=True)
     if FIRST:
@@ -263,18 +202,6 @@ def _consume(
     q.store(acc.to(DTYPE))
 
 
-@gluon.jit
-def _blank(OUT, LSE, o_st, begin, end, step, HEAD_DIM: gl.constexpr):
-    """Zero output and LSE -inf for rows [begin, end), ROWS of every `step`."""
-    wide: gl.constexpr = wide_layout(HEAD_DIM)
-    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
-    for first in range(begin, end, step):
-        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-        place = OUT + (row.to(gl.int64)[:, None] * o_st + d[None, :])
-        gl.store(place, gl.zeros([ROWS, HEAD_DIM], OUT.dtype.element_ty, wide), mask=(row < end)[:, None])
-        gl.store(LSE + row, gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, wide)), mask=row < end)
-
-
 @gluon.jit(do_not_specialize=["tiles", "planes", "section", "q_len", "k_len", "tokens", "left", "right",
                               "q_rb", "q_rh", "q_ch", "k_rb", "k_rh", "k_ch", "v_rb", "v_rh", "v_ch"])  # fmt: skip
 def forward_kernel(
@@ -292,11 +219,7 @@ def forward_kernel(
     """
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     program = held(gl.program_id(0))
-    first_plane = program // (tiles * section) * section
-    within = program - first_plane * tiles
-    abreast = gl.minimum(section, planes - first_plane)
-    tile = within // abreast
-    plane = first_plane + within % abreast
+    tile, plane = in_section(program, tiles, planes, section)
     if CAUSAL:
         tile = tiles - 1 - tile  # the longest rows first
     batch = plane // heads
@@ -310,8 +233,10 @@ def forward_kernel(
         q_start = gl.load(CU_Q + batch)
         if batch == planes // heads - 1:
             out_of = OUT + q_start.to(gl.int64) * o_st
-            _blank(out_of, LSE + q_start, o_st, row_start, tokens - q_start, tiles * BLOCK_M, HEAD_DIM)
-            _blank(out_of, LSE + q_start, o_st, row_start + ROWS, tokens - q_start, tiles * BLOCK_M, HEAD_DIM)
+            end = tokens - q_start
+            for half in gl.static_range(CONSUMERS):
+                first = row_start + half * ROWS
+                blank(out_of, LSE + q_start, float("-inf"), o_st, first, end, tiles * BLOCK_M, HEAD_DIM)
             return
         q_len = gl.load(CU_Q + batch + 1) - q_start
         k_start = gl.load(CU_K + batch)
@@ -334,7 +259,7 @@ def forward_kernel(
     end_tile = gl.cdiv(end, BLOCK_N)
     count = end_tile - first_tile
     if count <= 0:
-        _blank(OUT, LSE, o_st, 0, gl.minimum(BLOCK_M, q_len - row_start), ROWS, HEAD_DIM)
+        blank(OUT, LSE, float("-inf"), o_st, 0, gl.minimum(BLOCK_M, q_len - row_start), ROWS, HEAD_DIM)
         return
     whole_first = gl.minimum(gl.cdiv(whole_begin, BLOCK_N), end_tile)
     whole_last = gl.maximum(gl.minimum(whole_end // BLOCK_N, end_tile), whole_first)

@@ -151,3 +151,22 @@ def test_robust(reviews, tmp_path):
     results, folder = run_both("robust", reviews, tmp_path, *CLASSIFIER, "--noise", "0.2", "--learning-rate", "0.003")
     assert_same(results)
     assert reloaded_accuracy(folder, reviews) == pytest.approx(results[1]["clean_accuracy"])
+
+
+def test_adversarial_steps_are_half_as_long_as_an_embedding(reviews, tmp_path, monkeypatch):
+    """Whatever the scale of the embeddings, and they are back where they were afterwards."""
+    robust = importlib.import_module("robust")
+    seen = []
+    plain = transformers.Trainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append(model.get_input_embeddings().weight.detach().clone())
+        return plain(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", watched)
+    robust.main(["--data", str(reviews), *SMALL, "--epochs", "1", "--r-drop", "0", "--output", str(tmp_path)])
+    assert len(seen) == 16
+    before, moved = seen[:2]
+    torch.testing.assert_close((moved - before).norm(), 0.5 * before.norm(dim=1).mean())
+    rate = 5e-4  # AdamW's first steps move a weight by less than this
+    assert (seen[2] - before).abs().max() <= rate

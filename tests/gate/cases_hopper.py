@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.hopper import NEWER, hopper_backward_key, hopper_forward
+from fastformer.kernels.attention.hopper import (
+    NEWER,
+    QUERY,
+    hopper_backward_key,
+    hopper_backward_query,
+    hopper_forward,
+)
 from fastformer.kernels.targets import target_of
 
 BATCH, HEADS, KV_HEADS, LENGTH = 4, 8, 2, 1024
@@ -40,10 +46,14 @@ def _forward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) 
 
 def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
     call = _call(dim, dtype, packed, rules)
-    lse = torch.empty(BATCH * LENGTH * HEADS, device="meta")
-    dk, dv = call.empty_like(call.key), call.empty_like(call.value)
-    if not hopper_backward_key(call, lse, lse, torch.empty_like(call.query), dk, dv):
-        raise AssertionError("the Hopper kernels do not take this call")
+    rows = (HEADS, BATCH * LENGTH) if packed else (BATCH, HEADS, LENGTH)
+    lse = torch.empty(rows, device="meta")
+    out, dq, dk, dv = (call.empty_like(x) for x in (call.query, call.query, call.key, call.value))
+    grad_lse = lse if rules else None
+    if dim in QUERY and not hopper_backward_query(call, out, lse, out, grad_lse, lse, dq):
+        raise AssertionError("the Hopper dQ kernel does not take this call")
+    if not hopper_backward_key(call, lse, lse, out, dk, dv):
+        raise AssertionError("the Hopper dK and dV kernel does not take this call")
 
 
 def cases() -> list[tuple[str, Callable[[], None]]]:
@@ -65,7 +75,12 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     backward = {
         "backward-full-64": (64, bf16, False, {}),
         "backward-packed-rich-64": (64, fp16, True, RICH),
+        "backward-full-128": (128, fp16, False, {}),
+        "backward-packed-rich-128": (128, bf16, True, RICH),
+        "backward-packed-causal-256": (256, bf16, True, CAUSAL),
     }
+    if not NEWER:
+        backward["backward-packed-rich-256"] = (256, fp16, True, RICH)
     return [
         *((name, functools.partial(_forward, *case)) for name, case in forward.items()),
         *((name, functools.partial(_backward, *case)) for name, case in backward.items()),

@@ -106,27 +106,48 @@ def simulated(call: Call, monkeypatch: Any, seed: object = 0, edit: Any = None) 
 
 
 def simulated_gradients(
-    problem: Problem, inputs: list[Tensor], grad_out: Tensor, monkeypatch: Any, seed: object = 0, edit: Any = None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(dK, dV) from `hopper_backward_key` in the simulator, and by autograd in the working dtype and in float64.
+    problem: Problem,
+    inputs: list[Tensor],
+    grad_out: Tensor,
+    monkeypatch: Any,
+    seed: object = 0,
+    edit: Any = None,
+    grad_lse: Tensor | None = None,
+    known: list[Tensor] | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(dQ, dK, dV, delta) from the simulated backward kernels; the same by autograd in the working dtype and in
+    float64, from whose output and LSE the kernels start. Where dQ has no Hopper kernel, it and delta are left out.
 
-    LSE and delta are those of float64.
+    Args:
+        edit: as of `kernel`, of both modules.
+        grad_lse: gradient of the LSE, or None.
+        known: inputs of the reference, if they are others.
     """
-    backward = kernel("fastformer.kernels.attention.hopper_backward", "backward_key_kernel", edit)
-    backward.seed = seed
-    monkeypatch.setattr(hopper, "backward_key_kernel", backward)
+    for name in ("query", "key"):
+        module = f"fastformer.kernels.attention.hopper_backward_{name}"
+        simulated = kernel(module, f"backward_{name}_kernel", edit)
+        simulated.seed = seed
+        monkeypatch.setattr(hopper, f"backward_{name}_kernel", simulated)
     measured = []
-    lse = delta = torch.empty(0)
+    out = lse = torch.empty(0)
     for dtype in (problem.dtype, torch.float64):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in known or inputs]
         out, lse = problem.expected(*leaves)
-        measured.append(torch.autograd.grad(out, leaves[1:], grad_out.to(dtype)))
-        delta = (out * grad_out.to(dtype)).sum(-1).detach()
-    delta = delta.t() if problem.lengths else delta
+        # A row that sees nothing has an LSE of -inf and no gradient.
+        sent = [grad_out.to(dtype)] + ([] if grad_lse is None else [grad_lse.to(dtype).where(lse.isfinite(), 0.0)])
+        gradients = torch.autograd.grad([out, lse][: len(sent)], leaves, sent, retain_graph=True)
+        delta = (out * sent[0]).sum(-1).detach()
+        delta = delta.t() if problem.lengths else delta
+        delta = (delta if grad_lse is None else delta - sent[1]).where(lse.isfinite(), 0.0)
+        measured.append((*gradients, delta))
     call = problem.call(*inputs)
-    dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs[1:])
-    taken = hopper.hopper_backward_key(
-        call, lse.detach().float().contiguous(), delta.float().contiguous(), grad_out, dk, dv
-    )
-    assert taken, "the Hopper kernels do not take this call"
-    return (dk, dv), measured[0], measured[1]
+    out, lse = out.detach().to(problem.dtype), lse.detach().float().contiguous()
+    dq, dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs)
+    delta = torch.full_like(lse, math.nan)
+    if hopper.hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq):
+        skip = 0
+    else:
+        skip, delta = 1, measured[1][3].float().contiguous()
+    assert hopper.hopper_backward_key(call, lse, delta, grad_out, dk, dv), "the Hopper kernels do not take this call"
+    ours = (dk, dv) if skip else (dq, dk, dv, delta)
+    return ours, *((found[1:3] if skip else found) for found in measured)

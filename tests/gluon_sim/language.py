@@ -213,11 +213,13 @@ def _box(descriptor: Any, coord: list[Any], buffer: Buffer) -> torch.Tensor:
     """The part of the tensor that a tile covers."""
     if buffer.shape != list(descriptor.block_shape) or buffer.dtype != descriptor.base.dtype:
         raise Misused(f"a tile {descriptor.block_shape} and a buffer of {buffer.dtype} {buffer.shape}")
-    (row, column), (rows, columns), (height, width) = map(int, coord), descriptor.shape, descriptor.block_shape
-    if not (0 <= row < rows and 0 <= column <= columns - width):
-        raise OutOfBounds(f"a tile at {row}, {column} of a tensor {rows} x {columns}")
-    memory = descriptor.base.as_strided((rows, columns), tuple(descriptor.strides))
-    return memory[row : row + height, column : column + width]
+    coord, sizes = [int(x) for x in coord], list(descriptor.shape)
+    # The first dimension may reach past the end; heads lie beside each other in the last.
+    last = sizes[-1] - (buffer.shape[-1] if len(sizes) > 1 else 1)
+    if not (0 <= coord[0] < sizes[0] and 0 <= coord[-1] <= last):
+        raise OutOfBounds(f"a tile at {coord} of a tensor {sizes}")
+    memory = descriptor.base.as_strided(sizes, tuple(descriptor.strides))
+    return memory[tuple(slice(at, at + size) for at, size in zip(coord, buffer.shape, strict=True))]
 
 
 def _tma_load(descriptor: Any, coord: list[Any], barrier: Barrier, result: Buffer, pred: Any = True) -> None:

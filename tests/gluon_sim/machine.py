@@ -18,6 +18,7 @@ SHARED_BYTES = 232448  # of a block on sm_90; CUDA C++ programming guide, techni
 STATE, WRITER, WRITTEN, READERS, READ = 0, 1, 2, 3, 4
 COPY = PARTITIONS  # as a writer: a TMA copy
 EMPTY, VALID, LANDING, UNFENCED = 0, 1, 2, 3
+GRAIN = 16  # elements that share a record, in each dimension; what kernels reach for are multiples of it
 
 
 class Partition:
@@ -237,16 +238,22 @@ class Barrier:
 
 
 class Buffer:
-    """Shared memory, or a view of some: data, and beside every element who wrote and who read it when."""
+    """Shared memory, or a view of some: data, and beside it who wrote and who read it when.
 
-    def __init__(self, machine: Machine, data: torch.Tensor, record: torch.Tensor) -> None:
-        self.machine, self.data, self.record = machine, data, record
+    Attributes:
+        grain: elements of each dimension that share a record: GRAIN where that divides the size, or 1.
+    """
+
+    def __init__(self, machine: Machine, data: torch.Tensor, record: torch.Tensor, grain: tuple[int, ...]) -> None:
+        self.machine, self.data, self.record, self.grain = machine, data, record, grain
 
     @classmethod
     def allocate(cls, machine: Machine, shape: list[int], dtype: torch.dtype) -> Buffer:
         machine.allocate(dtype.itemsize * torch.Size(shape).numel())
-        record = torch.zeros((READ + PARTITIONS, *shape), dtype=torch.int32)
-        made = cls(machine, _poison(torch.empty(shape, dtype=dtype)), record)
+        grain = tuple(1 if size % GRAIN else GRAIN for size in shape)
+        records = [size // share for size, share in zip(shape, grain, strict=True)]
+        record = torch.zeros((READ + PARTITIONS, *records), dtype=torch.int32)
+        made = cls(machine, _poison(torch.empty(shape, dtype=dtype)), record, grain)
         machine.buffers.append(made)
         return made
 
@@ -258,22 +265,26 @@ class Buffer:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
-    def _view(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Buffer:
-        return Buffer(self.machine, change(self.data, 0), change(self.record, 1))
-
     def index(self, index: Any) -> Buffer:
         index = int(index)
         if not 0 <= index < self.data.shape[0]:
             raise OutOfBounds(f"buffer {index} of {self.data.shape[0]}")
-        return self._view(lambda x, skip: x.select(skip, index))
+        if self.grain[0] != 1:
+            raise Misused(f"the simulator records {GRAIN} rows of a buffer {self.shape} together: slice it")
+        return Buffer(self.machine, self.data[index], self.record[:, index], self.grain[1:])
 
     def slice(self, start: int, length: int, dim: int = 0) -> Buffer:
         if not 0 <= start <= start + length <= self.data.shape[dim]:
             raise OutOfBounds(f"[{start}, {start + length}) of dimension {dim} of a buffer {self.shape}")
-        return self._view(lambda x, skip: x.narrow(dim + skip, start, length))
+        share = self.grain[dim]
+        if start % share or length % share:
+            raise Misused(f"the simulator records {share} elements together, got [{start}, {start + length})")
+        data = self.data.narrow(dim, start, length)
+        return Buffer(self.machine, data, self.record.narrow(dim + 1, start // share, length // share), self.grain)
 
     def permute(self, order: tuple[int, ...]) -> Buffer:
-        return self._view(lambda x, skip: x.permute((0, *(d + 1 for d in order)) if skip else order))
+        record = self.record.permute((0, *(d + 1 for d in order)))
+        return Buffer(self.machine, self.data.permute(order), record, tuple(self.grain[d] for d in order))
 
     def load(self, layout: Any) -> torch.Tensor:
         self.machine.pause()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from checking import compare, fenced
 
-from fastformer.ops import norm, operator
+from fastformer.ops import norm, norm_operator, operator
 from fastformer.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastformer.ops.random import philox_keep
 
@@ -247,9 +247,9 @@ def test_full_route(device, interpreting, monkeypatch):
     w, b = (torch.randn(40, device=device, requires_grad=True) for _ in range(2))
     seed = seed_tensor(device)
     args = (x, r, w, b, None, seed, 0.2, 1e-5, 0.0, False, torch.float32, torch.float32)
-    torch.library.opcheck(norm._norm_op.op, (x, None, w, b, *args[4:]))
-    torch.library.opcheck(norm._add_norm_op.op, args)
-    total, stats = (t.detach() for t in norm._add_norm_op.op(*args)[1:])
+    torch.library.opcheck(norm_operator.norm_op.op, (x, None, w, b, *args[4:]))
+    torch.library.opcheck(norm_operator.add_norm_op.op, args)
+    total, stats = (t.detach() for t in norm_operator.add_norm_op.op(*args)[1:])
     wanted = (torch.float32,) * 4
     arguments = (
         torch.randn(3, 40, device=device),
@@ -264,12 +264,12 @@ def test_full_route(device, interpreting, monkeypatch):
         False,
         *wanted,
     )
-    torch.library.opcheck(norm._norm_backward.op, arguments)
+    torch.library.opcheck(norm_operator.norm_backward.op, arguments)
 
     def step(y):
         return y, *torch.autograd.grad(y.sin().sum(), (x, w, b))
 
-    light, full = step(norm._add_norm_op(*args)[0]), step(norm._add_norm_op.op(*args)[0])
+    light, full = step(norm_operator.add_norm_op(*args)[0]), step(norm_operator.add_norm_op.op(*args)[0])
     assert all(map(torch.equal, light, full))
 
 

@@ -1,5 +1,6 @@
 """Ids against tiktoken and Hugging Face tokenizers, on generated hard strings and on real text."""
 
+import base64
 import itertools
 import json
 import lzma
@@ -143,6 +144,26 @@ def test_long_pretokens(ranks_file: Path) -> None:
     texts += ["".join(c for c in rng.choices(pieces(), k=200) if c.isalpha()) for _ in range(20)]
     for text in texts:
         assert ours.encode(text) == reference.encode_ordinary(text), text[:80]
+
+
+def test_tokens_longer_than_a_window(tmp_path: Path) -> None:
+    """Long pretokens are merged in windows of 64 bytes; here tokens of up to 256 bytes reach across their seams."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for unit in (b"a", b"xy", b" "):
+        tokens += [unit * 2**k for k in range(1, 9) if len(unit) * 2**k <= 256]
+    tokens += [b"xy", b"b" + b"a" * 64, b"a" * 3, b"a" * 5, b"ya", b"aab"]
+    ranks = list(dict.fromkeys(tokens))
+    path = tmp_path / "long.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    ours = BPETokenizer.from_file(path, pattern="cl100k")
+    reference = as_tiktoken(ours, EXPRESSIONS["cl100k"])
+    rng = random.Random(3)
+    texts = [unit * n for unit in ("a", "xy", " ") for n in (64, 65, 127, 128, 255, 257, 3001)]
+    for _ in range(200):
+        runs = ["a", "xy", "b", "aab", "yx"]
+        texts.append("".join(rng.choice(runs) * rng.choice([1, 2, 31, 64, 100, 129, 300]) for _ in range(6)))
+    for text in texts:
+        assert ours.encode(text) == reference.encode_ordinary(text), text[:200]
 
 
 def test_surrogates_and_bytes(ranks_file: Path) -> None:

@@ -77,6 +77,31 @@ inline uint32_t* places(uint64_t bits, uint32_t base, uint32_t* to) {
 
 }  // namespace fastformer::bpe::avx512::mapped
 
+namespace fastformer::bpe::avx512 {
+
+// The key of the n bytes at p; of more than fit, one that no entry has. No byte behind them is read.
+inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t) {
+    constexpr size_t kLast = ShortCache::Key::kBytes;
+    __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(_bzhi_u32(0xFFFF, static_cast<uint32_t>(n))), p);
+    bytes = _mm_mask_set1_epi8(bytes, __mmask16{1} << kLast, static_cast<char>(n <= kLast ? n : 255));
+    ShortCache::Key key;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&key), bytes);
+    return key;
+}
+
+// The ids beside the key in a line of two entries, or null: one comparison for the line.
+inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
+    static_assert(sizeof *line == 32 && offsetof(ShortCache::Entry, ids) == 16);
+    __m512i wanted = _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(&key)));
+    uint32_t same = _mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(line));
+    same &= same >> 1 & 0x11;  // both halves of the key, of the first or of the second entry
+    if (!same) return nullptr;
+    return reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint64_t*>(line) + std::countr_zero(same) + 2);
+}
+
+}  // namespace fastformer::bpe::avx512
+
+#define FASTFORMER_ISA_PROBE
 #include "bpe/isa/engine.h"
 #if defined(__clang__)
 #pragma clang attribute pop
