@@ -278,8 +278,8 @@ def cross_entropy_backward(
 def bind_backward(
     dloss: Tensor, logits: Tensor, goal: Tensor, weight: Tensor | None, mean: bool, *options: float
 ) -> Callable[..., Tensor] | None:
-    """`cross_entropy_backward`, for a `mean` with its total, of tensors laid out like these, as a function of the tensors
-    alone; None where it copies."""
+    """`cross_entropy_backward`, for a `mean` with its total, of tensors laid out like these, as a function of them;
+    None where it copies."""
     strides = dloss.stride(0) if dloss.ndim else 0, row_stride(logits)
     if strides[1] is None:
         return None

@@ -243,11 +243,11 @@ class _Graphs:
             self.refused[key] = str(reason)
             raise
         except capture.CaptureFailed as error:
-            reason = f"capture failed: {error}"
-            refused = {**self.refused, key: reason}
+            why = f"capture failed: {error}"
+            refused = {**self.refused, key: why}
             self.forget()
             self.refused = refused
-            raise CannotCapture(reason) from error
+            raise CannotCapture(why) from error
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
