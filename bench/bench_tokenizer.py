@@ -266,10 +266,10 @@ def prepare(texts: Path, folder: Path, limit: int) -> list[tuple[str, str, Path]
     """The inputs as plain files: (name, task, file)."""
     out = []
     for name in TEXTS:
-        text = lzma.decompress((texts / f"{name}.txt.xz").read_bytes())
+        whole = lzma.decompress((texts / f"{name}.txt.xz").read_bytes())
         # An equal share of every tenth: a mixed text is not mixed in every part.
-        share, step = min(len(text), limit) // 10, len(text) // 10
-        parts = [text[i * step : i * step + share].decode("utf-8", "ignore") for i in range(10)]
+        share, step = min(len(whole), limit) // 10, len(whole) // 10
+        parts = [whole[i * step : i * step + share].decode("utf-8", "ignore") for i in range(10)]
         (folder / name).write_text("".join(parts), encoding="utf-8", newline="")
         out.append((name, "encode", folder / name))
     english = lzma.decompress((texts / "english.txt.xz").read_bytes())

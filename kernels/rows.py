@@ -74,11 +74,6 @@ def room(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> T
     return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=device)
 
 
-def row_count(tensor: Tensor) -> int:
-    """Number of rows of a tensor whose last dimension is not empty."""
-    return tensor.numel() // tensor.shape[-1]
-
-
 def walkers(target: Target, tiles: int) -> int:
     """Programs that walk over `tiles` row tiles and keep one partial row each: at most two a multiprocessor."""
     return min(tiles, 2 * target.multiprocessors)

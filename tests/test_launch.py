@@ -156,6 +156,31 @@ def test_prepared_launches_follow_their_tensors(kernel, device):
     assert len(prepared.found) < 2 * len(tensors) ** 2 + 1
 
 
+def test_bound_launches_follow_addresses_devices_and_switches(kernel, device):
+    rest = list(BASE.values())[2:]
+    bound = launch.Bound(kernel, (2, 3), tuple(rest), {"num_warps": 4})
+    aligned, shifted = [tensor(), tensor()], [tensor(), tensor(shift=1)]
+    for debug, number, tensors in itertools.product((False, True), (0, 1), (aligned, aligned, shifted, aligned)):
+        device.device, device.stream = number, 5 + number
+        with mock.patch.object(triton.knobs.runtime, "debug", debug):
+            bound(*tensors)
+            function, stream, grid, given = device.launches[-1]
+            assert function is chosen_by_triton([*tensors, *rest], {"num_warps": 4})
+        assert (stream, grid) == (device.stream, (2, 3, 1))
+        assert [getattr(a, "data_ptr", lambda a=a: a)() for a in given[:2]] == [t.data_ptr() for t in tensors]
+        assert list(given[2:]) == rest
+    hook = mock.Mock()
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        with mock.patch.object(triton.runtime.jit.JITFunction, "run") as run:
+            bound(*aligned)
+        assert run.called
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", side_effect=AssertionError("went through Triton")):
+        bound(*aligned)
+
+
 def test_constants_by_name_count_like_those_by_position(kernel, device):
     *given, n, flag = BASE.values()
     for flag, n, _ in itertools.product((1, 2, 1.5, tl.float16), (16, 32), range(2)):

@@ -46,7 +46,7 @@ class Coder final : public Encoder {
         uint32_t ids[ShortCache::kIds];
     };
     struct Batch {
-        size_t size, missed, longs;
+        size_t size, missed;
         bool grown;  // by a pretoken of uncommon length
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
@@ -280,7 +280,6 @@ inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
         else if (length <= LongCache::Key::kBytes)
             long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
     }
-    batch.longs = longs;
 }
 
 // The ids of pretoken i, which the short cache has not, or null. What has more ids than fit beside a key of its length

@@ -19,23 +19,29 @@ from fastformer.integrations.families.batch import LENGTHS, PER_TOKEN
 from fastformer.integrations.plan import packing_of, remember
 from fastformer.ops.bucket_packing import BucketPacking
 
+# What an encoder-decoder takes one of for every token that it is to write.
+TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 IGNORED = -100  # label of torch.nn.functional.cross_entropy's ignore_index
 _ROWS_STEP, _LENGTH_STEP, _BATCH_STEP = 64, 32, 8
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Shapes of a captured step: rows of packed tensors, sequences, and tokens of the longest sequence."""
+    """Shapes of a captured step: rows of packed tensors, sequences, tokens of the longest one, and of the longest one
+    that an encoder-decoder is to write."""
 
     rows: int
     batch: int
     seqlen: int
+    target: int = 0
 
     def holds(self, other: Bucket) -> bool:
-        return self.rows >= other.rows and self.batch >= other.batch and self.seqlen >= other.seqlen
+        fits = self.rows >= other.rows and self.batch >= other.batch and self.seqlen >= other.seqlen
+        return fits and self.target >= other.target
 
     def __str__(self) -> str:
-        return f"{self.rows} tokens, {self.batch} sequences of up to {self.seqlen}"
+        text = f"{self.rows} tokens, {self.batch} sequences of up to {self.seqlen}"
+        return f"{text}, {self.target} to write" if self.target else text
 
 
 def round_up(number: int, step: int, bits: int, limit: int) -> int:
@@ -51,12 +57,13 @@ class Arrival:
     Attributes:
         bucket: the smallest that holds it.
         tensors: name -> (role, tensor). Roles: "token" ([batch, seqlen, ...]), "row" (packed, [1, tokens, ...]),
-            "sequence" ([batch, ...]), "whole" (anything of a shape that never varies).
+            "target" ([batch, target, ...]), "sequence" ([batch, ...]), "whole" (anything of a shape that never varies).
         others: arguments that are no tensors, (name, value); part of what a captured step is for.
         batch, seqlen: shape of the padded batch, which outputs are to have.
         tokens: how many are real.
         boundaries: int32 [batch + 1] of a batch that came packed, else None.
         facts: (starts_real, contiguous) of the packing.
+        target: length of the sequences that an encoder-decoder is to write, 0 if it is given none.
     """
 
     bucket: Bucket
@@ -67,6 +74,7 @@ class Arrival:
     tokens: int
     boundaries: Tensor | None
     facts: tuple[bool, bool]
+    target: int = 0
 
     @property
     def packed(self) -> bool:
@@ -76,7 +84,7 @@ class Arrival:
     def signature(self) -> tuple[Any, ...]:
         """All but sizes that a captured step depends on."""
         kinds = tuple(
-            (name, role, t.dtype, t.shape[{"token": 2, "row": 2, "sequence": 1, "whole": 0}[role] :])
+            (name, role, t.dtype, t.shape[{"token": 2, "row": 2, "target": 2, "sequence": 1, "whole": 0}[role] :])
             for name, (role, t) in sorted(self.tensors.items())
         )
         return kinds, self.others, self.packed, self.facts
@@ -86,8 +94,8 @@ class CannotCapture(Exception):
     """Why a call runs without a graph, in a few words."""
 
 
-def read(call: Mapping[str, Any], token_budget: int, max_seqlen: int) -> Arrival:
-    """Read the arguments of a call.
+def read(call: Mapping[str, Any], token_budget: int, max_seqlen: int, writes: bool = False) -> Arrival:
+    """Read the arguments of a call; `writes`: of an encoder-decoder.
 
     An attention mask on a GPU whose packing nobody knows yet costs the batch's one host read, as without graphs.
 
@@ -126,7 +134,7 @@ def read(call: Mapping[str, Any], token_budget: int, max_seqlen: int) -> Arrival
         if isinstance(value, Tensor):
             if value.requires_grad:
                 raise CannotCapture(f"{name} requires a gradient")
-            role = _role(name, value, batch, seqlen, packed)
+            role = _role(name, value, batch, seqlen, packed, writes)
             if role == "token" and name not in (*PER_TOKEN, "attention_mask"):
                 longest = seqlen  # its padding may mean something
             tensors[name] = (role, value)
@@ -143,8 +151,14 @@ def read(call: Mapping[str, Any], token_budget: int, max_seqlen: int) -> Arrival
     sequences = round_up(batch, _BATCH_STEP, 3, 1 << 30) if grown else batch
     rows = min(round_up(tokens, _ROWS_STEP, 4, token_budget), sequences * most)
     boundaries = call.get("cu_seq_lens_q")
-    bucket = Bucket(rows, sequences, most)
-    return Arrival(bucket, tensors, tuple(others), batch, seqlen, tokens, boundaries, facts)
+    targets = {value.shape[1] for role, value in tensors.values() if role == "target"} or {0}
+    target = targets.pop()
+    if targets:
+        raise CannotCapture("labels and decoder inputs of different lengths")
+    if target > max_seqlen:
+        raise CannotCapture(f"longer to write than max_seqlen={max_seqlen}")
+    bucket = Bucket(rows, sequences, most, round_up(target, _LENGTH_STEP, 2, max_seqlen) if target else 0)
+    return Arrival(bucket, tensors, tuple(others), batch, seqlen, tokens, boundaries, facts, target)
 
 
 def _packed_sizes(call: Mapping[str, Any], ids: Tensor) -> tuple[int, int, int, tuple[bool, bool]]:
@@ -153,8 +167,10 @@ def _packed_sizes(call: Mapping[str, Any], ids: Tensor) -> tuple[int, int, int, 
     return call["cu_seq_lens_q"].shape[0] - 1, int(call["max_length_q"]), ids.shape[1], (True, True)
 
 
-def _role(name: str, value: Tensor, batch: int, seqlen: int, packed: bool) -> str:
+def _role(name: str, value: Tensor, batch: int, seqlen: int, packed: bool, writes: bool) -> str:
     shape = tuple(value.shape)
+    if writes and name in TARGETS and value.ndim == 2 and shape[0] == batch and not value.is_floating_point():
+        return "target"
     if packed and name in PER_TOKEN:
         return "row"
     if value.ndim >= 2 and shape[:2] == (batch, seqlen) and not (name == "labels" and value.is_floating_point()):
@@ -171,7 +187,7 @@ def _role(name: str, value: Tensor, batch: int, seqlen: int, packed: bool) -> st
 def _may_grow(tensors: Mapping[str, tuple[str, Tensor]], others: list[tuple[str, Any]]) -> bool:
     """Whether sequences may be added: nothing of the batch but ids and labels that can say "ignore me"."""
     known = {*PER_TOKEN, "attention_mask", "labels"}
-    if any(role in ("token", "sequence") and name not in known for name, (role, _) in tensors.items()):
+    if any(role in ("token", "target", "sequence") and name not in known for name, (role, _) in tensors.items()):
         return False
     labels = tensors.get("labels")
     return labels is None or labels[1].dtype == torch.int64
@@ -195,10 +211,12 @@ class StaticBatch:
             lead = {
                 "token": (bucket.batch, bucket.seqlen),
                 "row": (1, bucket.rows),
+                "target": (bucket.batch, bucket.target),
                 "sequence": (bucket.batch,),
                 "whole": (),
             }[role]
-            self.fills[name] = {"input_ids": pad_token_id, "labels": IGNORED}.get(name, 0)
+            fills = {"input_ids": pad_token_id, "decoder_input_ids": pad_token_id, "labels": IGNORED}
+            self.fills[name] = fills.get(name, 0)
             shape = (*lead, *value.shape[len(lead) :])
             self.buffers[name] = torch.full(shape, self.fills[name], dtype=value.dtype, device=device)
         if self.packed:
@@ -228,6 +246,8 @@ class StaticBatch:
             target = buffer[: value.shape[0], : value.shape[1]]
         elif role == "row":
             target = buffer[:, : value.shape[1]]
+        elif role == "target":
+            target = buffer[: value.shape[0], : value.shape[1]]
         elif role == "sequence":
             target = buffer[: value.shape[0]]
         else:

@@ -67,7 +67,7 @@ def graphed(
     earlier forward's backward.
 
     Args:
-        model: a model that `ff.patch` has made able to run without padding (BERT-class and decoders).
+        model: a model that `ff.patch` has made able to run without padding (BERT-class, decoders and encoder-decoders).
         token_budget: the most real tokens a captured batch may have.
         max_seqlen: the longest sequence of a captured batch, in tokens.
         max_buckets: how many steps may be captured, training and evaluation apart; further batches take the smallest
@@ -204,7 +204,8 @@ class _Graphs:
         if pending is not None and not pending.done:
             raise CannotCapture("an earlier forward still waits for its backward")
         modes, addresses = _look(model)
-        arrival = read(call, self.token_budget, self.max_seqlen)
+        writes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        arrival = read(call, self.token_budget, self.max_seqlen, writes)
         for name, (_, value) in arrival.tensors.items():
             if value.device != device:
                 raise CannotCapture(f"{name} is on {value.device}, the model on {device}")

@@ -84,7 +84,9 @@ class CapturedStep:
         device = shared.recorder.device
         self.batch = StaticBatch(bucket, like, pad_token_id, device)
         self.batch.fill(like)
-        wider = StaticBatch(Bucket(bucket.rows, bucket.batch + 1, bucket.seqlen + 1), like, pad_token_id, device)
+        # One sequence more, one token more to read and two more to write tell the dimensions of outputs apart.
+        wide = Bucket(bucket.rows, bucket.batch + 1, bucket.seqlen + 1, bucket.target and bucket.target + 2)
+        wider = StaticBatch(wide, like, pad_token_id, device)
         wider.fill(like)
         with _unchanged(model, device), _uncached_autocast(device), contextlib.ExitStack() as aliased:
             # Parameters move to where they are wanted, before others stand for them.
@@ -153,7 +155,8 @@ class CapturedStep:
         self.shared.generation += 1
         self._replay()
         return tuple(
-            _cut(out, dims, arrival.batch, arrival.seqlen) for out, dims in zip(self.outputs, self.dims, strict=True)
+            _cut(out, dims, arrival.batch, (arrival.seqlen, arrival.target))
+            for out, dims in zip(self.outputs, self.dims, strict=True)
         )
 
     def backward(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
@@ -194,25 +197,31 @@ class _Replay(torch.autograd.Function):
         return None, None, None, *step.backward(g for g, d in zip(grads, step.differentiable, strict=True) if d)
 
 
-def _counting(here: list[torch.Size], there: list[torch.Size]) -> list[tuple[bool, bool]]:
-    """Of every output, whether its first dimension counts sequences and its second one tokens.
+def _counting(here: list[torch.Size], there: list[torch.Size]) -> list[tuple[bool, int]]:
+    """Of every output, whether its first dimension counts sequences, and whether its second one counts tokens that are
+    read (1) or written (2).
 
     Args:
-        here, there: shapes for a bucket and for one of one more sequence and one more token.
+        here, there: shapes for a bucket and for one of one more sequence, one more token to read and two to write.
     """
     found = []
     for a, b in zip(here, there, strict=True):
         grown = [y - x for x, y in zip(a, b, strict=True)]
-        if any(grown[2:]) or any(step not in (0, 1) for step in grown):
+        if any(grown[2:]) or grown[:1] not in ([], [0], [1]) or grown[1:2] not in ([], [0], [1], [2]):
             raise CannotCapture(f"an output of shape {tuple(a)} grows in other dimensions than batch and sequence")
-        found.append((grown[:1] == [1], grown[1:2] == [1]))
+        found.append((grown[:1] == [1], grown[1] if len(grown) > 1 else 0))
     return found
 
 
-def _cut(out: Tensor, dims: tuple[bool, bool], batch: int, seqlen: int) -> Tensor:
-    """A copy of a bucket's output in the shape it has for a batch; places past the bucket's are zero."""
+def _cut(out: Tensor, dims: tuple[bool, int], batch: int, lengths: tuple[int, int]) -> Tensor:
+    """A copy of a bucket's output in the shape it has for a batch; places past the bucket's are zero.
+
+    Args:
+        dims: as `_counting` says. lengths: tokens of the padded batch that are read, and written.
+    """
     if dims[0]:
         out = out[:batch]
+    seqlen = lengths[dims[1] - 1]
     if not dims[1] or out.shape[1] == seqlen:
         return out.clone(memory_format=torch.contiguous_format)
     if out.shape[1] > seqlen:

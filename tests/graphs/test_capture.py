@@ -1,10 +1,14 @@
 """What only a GPU would show of captures: failing half-way, and leaves of autograd that belong to another stream."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
+import fastformer as ff
+from fastformer import ops
 from fastformer.graphs import capture, graphed
 from tests.graphs import steps
 from tests.graphs.stand_in import StandIn
@@ -117,3 +121,44 @@ def test_captures_do_not_touch_the_parameters_own_nodes(graphs):
     assert all(type(p) is torch.nn.Parameter for p in one.parameters())
     replayed.backward()
     assert len(ran) == len(handles)
+
+
+_BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+
+
+def test_an_encoder_decoder_has_one_bucket_for_labels_of_many_lengths(graphs, monkeypatch):
+    if graphs.type == "cpu":
+        # PyTorch's own attention stands in for the CPU's path, which looks at values.
+        monkeypatch.setattr(ops, "scaled_dot_product_attention", _attention)
+    torch.manual_seed(0)
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _BART.items()}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=50, d_model=16, dropout=0.0, max_position_embeddings=66, **sizes, **ids)
+    one = BartForConditionalGeneration(config).to(graphs).train()
+    ff.patch(one)
+    other = copy.deepcopy(one)
+    report = graphed(one, token_budget=512, max_seqlen=64, progress=None)
+    for width, written in ((10, 5), (12, 7), (20, 20), (9, 40)):
+        mask = (torch.arange(width) < torch.tensor([width, width - 4, width - 6])[:, None]).long()
+        labels = torch.randint(3, 50, (3, written))
+        labels[1, -2:] = -100
+        batch = {"input_ids": torch.randint(3, 50, mask.shape) * mask, "attention_mask": mask, "labels": labels}
+        batch = {name: value.to(graphs) for name, value in batch.items()}
+        ours, theirs = one(**batch), other(**batch)
+        assert ours.logits.shape == (3, written, 50)
+        assert ours.encoder_last_hidden_state.shape == theirs.encoder_last_hidden_state.shape
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+        ours.loss.backward()
+        theirs.loss.backward()
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert not report.eager
+    assert [bucket.target for bucket, _, _ in report.captured] == [32, 64]
+    assert "64 to write" in str(report)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+    )

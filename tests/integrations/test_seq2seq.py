@@ -93,6 +93,21 @@ def small(name, **settings):
     return model
 
 
+@pytest.mark.parametrize("weight", [1.0, 60000.0])
+def test_bart_clamps_half_precision_as_stock(weight):
+    """Below fp16's largest number nothing changes; past it, all is clamped as stock does after reading it."""
+    stock, patched = (zoo.build("bart", "Model", encoder_layers=1).half().eval() for _ in range(2))
+    for model in (stock, patched):
+        model.encoder.layers[0].final_layer_norm.weight.data.fill_(weight)
+    ff.patch(patched)
+    data = zoo.batch([5, 9], width=9)
+    a, b = (model.encoder(**data).last_hidden_state for model in (stock, patched))
+    real = data["attention_mask"].bool()
+    assert a[real].isfinite().all()
+    assert (a[real].abs() == 64512).any() == (weight > 1)
+    assert zoo.relative(b[real].float(), a[real].float()) < 2e-3
+
+
 def test_vit_attention_and_norms():
     stock, patched = (small("ViT", image_size=16, patch_size=4) for _ in range(2))
     report = ff.patch(patched)
