@@ -1,7 +1,6 @@
 """What the recipes share: arguments and exit codes, data, a model and a tokenizer (a checkpoint's, or new ones)."""
 
 import argparse
-import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -14,16 +13,14 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import fastformer as ff
-from fastformer.cli import INTERRUPTED, Parser, learning_rate, whole_number
+from fastformer.cli import INTERRUPTED, Parser, hush_imports, learning_rate, whole_number
 from fastformer.demo import model as models
 from fastformer.demo.data import Corpus, read_corpus, split
 from fastformer.demo.errors import UserError
 from fastformer.integrations.transformers import FastTokenizer, PackedCollator
 
 PAD, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-# Trainer imports torchao where there is one, which warns of libraries for other machines and of PyTorch's future.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+hush_imports()  # before Trainer is imported
 HELD_OUT = 0.15  # of a single file, where there is none for validation
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, sys.argv's by default. Returns the exit code."""
+    hush_imports()
     try:
         args = _parser().parse_args(argv)
         code = _tokenizer(args) if "tokenizer_command" in args else args.run(args)
@@ -44,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastformer: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def hush_imports() -> None:
+    """transformers imports torchao where there is one, which warns of libraries for other machines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _parser() -> Parser:
