@@ -126,7 +126,7 @@ class _Part:
         self._groups = call.query.shape[1] // call.key.shape[1]
         self._mask = call.options.get("attn_mask")
         if self._mask is not None:
-            self._mask = self._mask.expand(*call.query.shape[:3], call.key.shape[2])[sequence]
+            self._mask = _mask_of(self._mask, call, sequence)
 
     def weights(self, head: int) -> Tensor:
         """(S_q, S_k) of a head."""
@@ -159,6 +159,18 @@ class _Part:
             if places is not None:
                 weights = places.select(weights, self._sequence, dim)
         return weights
+
+
+def _mask_of(mask: Tensor, call: AttentionCall, sequence: int) -> Tensor:
+    """The mask (H, S_q, S_k) of a sequence; packed calls have theirs as for sequences padded at the end."""
+    mask = mask[(None,) * (4 - mask.ndim)]
+    mask = mask[sequence if mask.shape[0] > 1 else 0].expand(call.query.shape[1], -1, -1)
+    lengths = call.query.shape[-2], call.key.shape[-2]
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        sides = (call.cu_seqlens_q, call.cu_seqlens_k)
+        lengths = tuple(int(cu[sequence + 1] - cu[sequence]) for cu in sides)  # type: ignore[assignment]
+    rows, columns = (size if size == 1 else length for size, length in zip(mask.shape[1:], lengths, strict=True))
+    return mask[:, :rows, :columns].expand(-1, *lengths)
 
 
 def _mean(compute: Callable[[int], Tensor], heads: list[int]) -> Tensor:
