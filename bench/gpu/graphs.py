@@ -35,7 +35,7 @@ def cases(folder: Path) -> list[tuple[str, Callable[[], Row]]]:
     found: list[tuple[str, Callable[[], Row]]] = []
     for path in sorted((ROOT / "tests" / "graphs").glob("test_*.py")):
         # A rehearsal only proves that the files are found and run; make test runs all of them on the CPU.
-        options = ("-k", "undoing or host_reads or reduce_overhead") if rehearsing() else ()
+        options = ("-k", "undoing or host_reads or reduce_overhead or kept_outside") if rehearsing() else ()
         found.append((path.relative_to(ROOT).as_posix(), functools.partial(tests, path, log, *options)))
     found.append(("losses agree with and without graphs, fp32", losses_agree))
     batch, length = (4, 32) if rehearsing() else (32, 128)
