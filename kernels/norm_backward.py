@@ -13,6 +13,7 @@ z_hat = (z - mean) * rstd, and for RMSNorm mean(wdy) is left out.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -215,28 +216,15 @@ def norm_backward(
     return [gradient for gradient in run(*tensors) if gradient is not None]
 
 
-def norm_backward_rows(
-    dy: Tensor,
-    dz: Tensor | None,
-    z: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    threshold: int,
-    keep_scale: float,
-    offset: float,
-    rms: bool,
-    *wanted: torch.dtype | None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """`norm_backward` that leaves the sums over rows to the caller.
+def norm_backward_rows(dy: Tensor, dz: Tensor | None, z: Tensor, *others: Any) -> tuple[list[Tensor], Tensor | None]:
+    """`norm_backward`, of the same arguments, that leaves the sums over rows to the caller.
 
     Returns:
         the gradients of input and residual that are needed, and fp32 (sums * P, N) partial rows of weight's and then
         bias's, P for each that is needed; None if neither is or z has no row.
     """
-    tensors = (as_rows(dy)[0], in_rows(dz), as_rows(z)[0], stats, weight, row_scale, seed)
-    run = bind_backward(*tensors, threshold, keep_scale, offset, rms, *wanted, summed=False)
+    tensors = (as_rows(dy)[0], in_rows(dz), as_rows(z)[0], *others[:4])
+    run = bind_backward(*tensors, *others[4:], summed=False)
     assert run is not None
     dx, dr, partial = run(*tensors)
     return [gradient for gradient in (dx, dr) if gradient is not None], partial

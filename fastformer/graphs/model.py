@@ -244,10 +244,12 @@ class _Graphs:
             self.refused[key] = str(reason)
             raise
         except capture.CaptureFailed as error:
-            why = f"capture failed: {error}"
-            refused = {**self.refused, key: why}
-            self.forget()
-            self.refused = refused
+            refused, cause = self.refused, error.__cause__
+            self.forget()  # whatever the cause, the earlier captures are void
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            why = str(cause) if isinstance(cause, CannotCapture) else f"capture failed: {error}"
+            self.refused = {**refused, key: why}
             raise CannotCapture(why) from error
         except torch.OutOfMemoryError:
             raise

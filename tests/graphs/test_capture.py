@@ -10,6 +10,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 import fastformer as ff
 from fastformer import ops
 from fastformer.graphs import capture, graphed
+from fastformer.graphs.buckets import CannotCapture
 from tests.graphs import steps
 from tests.graphs.stand_in import StandIn
 
@@ -86,6 +87,35 @@ def test_a_failed_capture_voids_the_earlier_ones_which_are_made_again(graphs, mo
     assert report.replays == 2
     assert len(report.captured) == 2
     assert report.captured[0][0] == report.captured[1][0]
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("no memory left"), CannotCapture("a reason of its own")])
+def test_what_ended_a_capture_is_not_hidden(graphs, monkeypatch, cause):
+    """Running out of memory is an error, not a reason to go on without graphs; a reason is kept as it was given."""
+    failing = [True]
+
+    class Failing(StandIn):
+        def record(self, work):
+            if failing:
+                raise capture.CaptureFailed(str(cause)) from cause
+            return super().record(work)
+
+    if graphs.type != "cpu":
+        pytest.skip("of the stand-in")
+    monkeypatch.setattr(capture, "recorder_for", Failing)
+    model, _ = steps.pair(device=graphs)
+    report = graphed(model, token_budget=512, max_seqlen=64, progress=None)
+    batch = next(steps.batches(1, graphs, sizes=(2, 3), longest=10))
+    if isinstance(cause, CannotCapture):
+        model(**batch)
+        assert report.eager == {"a reason of its own": 1}
+        return
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        model(**batch)
+    failing.clear()
+    model(**batch).loss.backward()
+    assert not report.eager
+    assert report.replays == 1
 
 
 def test_a_parameter_kept_outside_its_module_is_not_captured(graphs):
