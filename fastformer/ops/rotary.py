@@ -264,21 +264,20 @@ def _tables(numbers: _Numbers, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, 
 
 def _bind(
     numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., list[Tensor]], Sequence[int | None]] | None:
     tables, present = _tables(numbers, saved), [g for g in grads if g is not None]
     if not present or not _same_memory(tables, saved):
         return None
     options = (numbers.interleaved, numbers.by_token, True)
     run = kernels("rotary").bind(present[0], present[1] if len(present) == 2 else None, *tables, *options)
+    if len(present) == 2:
+        return run, (0, 1, None, None, None)
+    alone = int(grads[0] is None)
 
-    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        dquery, dkey = grads if len(grads) == 2 else (*grads, None)
-        if dquery is None:
-            return None, *run(dkey, None, *saved), None, None, None
-        found = run(dquery, dkey, *saved)
-        return found[0], None if dkey is None else found[1], None, None, None
+    def back(*tensors: Tensor | None) -> list[Tensor]:
+        return run(tensors[alone], None, *tensors[len(grads) :])
 
-    return back
+    return back, (None if alone else 0, 0 if alone else None, None, None, None)
 
 
 def _through(ctx: Any, grads: tuple[Any, ...], turn: Callable[..., Any]) -> tuple[Any, ...]:
