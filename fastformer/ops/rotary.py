@@ -192,11 +192,13 @@ def rotary_reference(
     """The same in PyTorch for one (B, S, H, D) tensor, in float32 at least."""
     batch, length = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    if position is None:
-        first = batch if by_token else 1
-        position = torch.arange(first * length, device=x.device).view(first, length).expand(batch, -1)
-    c, s = (table.to(wide)[position].unsqueeze(2) for table in (cos, sin))  # (B, S, 1, R / 2)
     half = cos.shape[-1]
+    if position is not None:
+        c, s = (table.to(wide)[position] for table in (cos, sin))
+    else:
+        first = batch if by_token else 1
+        c, s = (table[: first * length].to(wide).view(first, length, half) for table in (cos, sin))
+    c, s = c.unsqueeze(2), s.unsqueeze(2)  # (B or 1, S, 1, R / 2)
     y = x.to(wide)
     if interleaved:
         a, b = y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2]
@@ -204,7 +206,8 @@ def rotary_reference(
     else:
         a, b = y[..., :half], y[..., half : 2 * half]
         turned = torch.cat((a * c - b * s, b * c + a * s), -1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), -1)
+    turned = turned.to(x.dtype)
+    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), -1)
 
 
 def _run(
