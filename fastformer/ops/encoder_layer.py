@@ -183,7 +183,7 @@ def _attention_call(qkv: Tensor, seed: Tensor | None, p: float, heads: int, toke
     lengths, longest = tokens.cu_seqlens, tokens.max_seqlen
     scale = q.shape[-1] ** -0.5
     return make_call(
-        (q, k, v, lengths, lengths, longest, longest, mask, None, None, seed), (p, False, scale, False, -1, -1, 0.0)
+        (q, k, v, lengths, lengths, mask, None, None, seed), (longest, longest, p, False, scale, False, -1, -1, 0.0)
     )
 
 
