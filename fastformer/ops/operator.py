@@ -104,6 +104,9 @@ class Kinds:
         if _is_watched():
             return None, None
         try:
+            # PyTorch's operators need no preparation.
+            if tensors[0].is_cpu and backend.backend_for(tensors[0].device) == "torch":  # type: ignore[union-attr]
+                return None, None
             key = (
                 numbers,
                 torch.is_grad_enabled(),
@@ -287,6 +290,23 @@ def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any])
     # Called as it is, without BackwardCFunction's choice between backward and vjp.
     function._backward_cls.apply = backward
     return super(torch.autograd.Function, function).apply
+
+
+def light(function: Any) -> Callable[..., Any]:
+    """`function.apply` of an autograd Function with a setup_context of its own, which makes PyTorch bind every call's
+    arguments through inspect.signature: in plain eager mode the same forward and backward run without that."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    apply = _apply(f"{function.__name__}_light", forward, function.backward)
+
+    def call(*args: Any) -> Any:
+        return function.apply(*args) if _is_watched() else apply(*args)
+
+    return call
 
 
 def _first_ones(count: int | None) -> Callable[[Any], Any]:

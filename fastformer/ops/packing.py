@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import is_plain, kernels, on_its_device
+from fastformer.ops.operator import is_plain, kernels, light, on_its_device
 from fastformer.ops.validate import FLOATS
 
 # On a GPU, matrix products want a token count that is a multiple of a tile; the surplus rows belong to no sequence.
@@ -142,14 +142,14 @@ class Packing:
         if padded.shape[:2] != (self.batch, self.seqlen):
             raise ValueError(f"padded must have shape ({self.batch}, {self.seqlen}, ...), got {tuple(padded.shape)}")
         flat = padded.flatten(0, 1)
-        return flat if self.is_whole else _Pack.apply(flat, self.indices, self.inverse, self.rows)
+        return flat if self.is_whole else _pack(flat, self.indices, self.inverse, self.rows)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[rows, ...] to [batch, seqlen, ...]; places without a token are zero."""
         if packed.shape[0] != self.rows:
             raise ValueError(f"packed must have {self.rows} rows, got shape {tuple(packed.shape)}")
         size = self.batch * self.seqlen
-        flat = packed if self.is_whole else _Pad.apply(packed, self.indices, self.inverse, size)
+        flat = packed if self.is_whole else _pad(packed, self.indices, self.inverse, size)
         return flat.unflatten(0, (self.batch, self.seqlen))
 
 
@@ -246,7 +246,7 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Pad.apply(grad, *ctx.saved_tensors, ctx.size), None, None, None
+        return _pad(grad, *ctx.saved_tensors, ctx.size), None, None, None
 
 
 class _Pad(torch.autograd.Function):
@@ -262,4 +262,7 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Pack.apply(grad, *ctx.saved_tensors, ctx.rows), None, None, None
+        return _pack(grad, *ctx.saved_tensors, ctx.rows), None, None, None
+
+
+_pack, _pad = light(_Pack), light(_Pad)
