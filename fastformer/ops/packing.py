@@ -36,6 +36,7 @@ class Packing:
         rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
         starts_real: whether the first place of every padded row that has real tokens is one of them.
         contiguous: whether the real tokens of every padded row stand side by side.
+        begins_all: whether every row begins with a real token, as far as that is known on the host.
         inverse: int64 [batch * seqlen], packed token of each place or -1; None where nobody has made it.
         place: what `positions` gives; None where nobody has made it.
     """
@@ -51,6 +52,7 @@ class Packing:
     contiguous: bool = True
     inverse: Tensor | None = None
     place: Tensor | None = None
+    begins_all: bool = False
 
     @staticmethod
     def from_mask(mask: Tensor) -> Packing:
@@ -152,6 +154,10 @@ class Packing:
         flat = packed if self.is_whole else _pad(packed, self.indices, self.inverse, size)
         return flat.unflatten(0, (self.batch, self.seqlen))
 
+    def first(self, packed: Tensor) -> Tensor:
+        """[rows, ...] to [batch, ...], the first token of every sequence; `begins_all` must hold."""
+        return _pack(packed, self.cu_seqlens[:-1].long(), None, self.batch)
+
 
 def _facts(real: Tensor) -> Tensor:
     """int64 [batch, 3] of bool [batch, seqlen]: real tokens, whether the first place is one, how often a run begins
@@ -203,8 +209,20 @@ def _from_facts(mask: Tensor, read: list[list[int]], facts: Tensor | None) -> Pa
             # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
             indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
             cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
-    longest = max(lengths, default=0)
-    return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous, inverse, place)
+    return Packing(
+        indices,
+        cu_seqlens,
+        max(lengths, default=0),
+        batch,
+        seqlen,
+        tokens,
+        rows,
+        starts_real,
+        contiguous,
+        inverse,
+        place,
+        begins_all=all(first for _, first, _ in read),
+    )
 
 
 def _is_for_moving(source: Tensor, places: Tensor | None) -> bool:

@@ -97,7 +97,8 @@ class PackedEncoder:
             hidden = states[-1]
         else:
             hidden = getattr(self, self._table.encoder)(hidden, plan)[0]
-            hidden = plan.pad(hidden) if pads else hidden
+            if pads:
+                hidden = plan.first(hidden) if batch.FIRST_PLACE.get() and plan.begins_all else plan.pad(hidden)
         return self._answer(call, hidden, states, plan.weights)
 
     def _token_inputs(self, call: dict[str, Any]) -> dict[str, Tensor | None]:
