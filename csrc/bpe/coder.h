@@ -8,19 +8,30 @@
 namespace fastformer::bpe::FASTFORMER_ISA {
 
 #if !defined(FASTFORMER_ISA_PROBE)
-// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
-inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t readable) {
-    return n <= ShortCache::Key::kBytes ? ShortCache::Key::of(p, n, readable) : ShortCache::Key::none();
-}
+using ShortHash = MixHash;
 
-// The ids beside the key in a line of two entries, or null. Which of the two it is nobody can predict, whether it is one
-// of them nearly always.
-inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
-    bool first = line[0].key == key, second = line[1].key == key;
-    const uint32_t* ids = first ? line[0].ids : line[1].ids;
+// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
+inline ShortKey short_key(const uint8_t* p, size_t n, size_t readable) { return ShortKey::of(p, n, readable); }
+
+// The ids beside the key in a line, or null. Which of the two it is nobody can predict, whether it is one of them nearly
+// always.
+inline const uint32_t* probe(const ShortLine* line, const ShortKey& key) {
+    bool first = line->keys[0] == key, second = line->keys[1] == key;
+    const uint32_t* ids = line->ids[first ? 0 : 1];
     return first | second ? ids : nullptr;
 }
 #endif
+// Writes all four of the ids, whatever their count, and returns where they end.
+inline uint32_t* put(const uint32_t* ids, uint32_t* to) {
+    size_t count = (ids[0] >> kCountShift) + 1;
+    uint32_t four[4];
+    std::memcpy(four, ids, sizeof four);
+    for (uint32_t& id : four) id &= kIdMask;
+    std::memcpy(to, four, sizeof four);
+    return to + count;
+}
+
+using ShortCache = Cache<2, 4, 19, ShortHash>;  // 32 MB
 
 class Coder final : public Encoder {
   public:
@@ -50,8 +61,8 @@ class Coder final : public Encoder {
         bool grown;  // by a pretoken of uncommon length
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
-        ShortCache::Key keys[kBatch];
-        const ShortCache::Entry* lines[kBatch];  // where the short cache may have them; until it is written to
+        ShortKey keys[kBatch];
+        const ShortLine* lines[kBatch];  // where the short cache may have them; until it is written to
         Slot slots[kBatch];
         uint32_t long_ones[kBatch + 1], misses[kBatch];
         Lanes::Job jobs[kBatch];
@@ -76,6 +87,7 @@ class Coder final : public Encoder {
     void trim();
     size_t cut(Batch& batch, const uint8_t* text, const uint32_t* ends, size_t count) const;
     void ask(Batch& batch, const uint8_t* text, size_t n);
+    template <bool marked>
     size_t emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks);
     const uint32_t* find(const Batch& batch, size_t i, const uint8_t* text, size_t n) const;
     void find_rest(Batch& batch, size_t from, const uint8_t* text, size_t n);
@@ -89,10 +101,10 @@ class Coder final : public Encoder {
     void merge_windows(const uint8_t* p, size_t n, IdBuffer& out);
     bool valid_pair(uint32_t left, uint32_t right);
 
-    // Entries for `count` keys at a load of a half at most; the cache grows fourfold where text brings as many again.
+    // Lines for `count` keys at a load of a half at most; the cache grows fourfold where text brings as many again.
     static int table_bits(size_t count) {
-        int bits = 10;
-        while ((size_t{1} << bits) < 2 * count) bits++;
+        int bits = 9;
+        while ((size_t{1} << bits) < count) bits++;
         return bits;
     }
 
@@ -108,7 +120,7 @@ class Coder final : public Encoder {
 };
 
 inline Coder::Coder(const Vocab& vocab)
-    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(8), long_(6), batch_(new Batch) {
+    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(7), long_(5), batch_(new Batch) {
     batch_->grown = false;
     seed();
 }
@@ -117,20 +129,19 @@ inline Coder::Coder(const Vocab& vocab)
 // into one place the lower ones stay.
 inline void Coder::seed() {
     constexpr uint32_t kStep = 64;
-    ShortCache::Key keys[kStep];
-    uint64_t hashes[kStep];
+    ShortKey keys[kStep];
     uint32_t ids[kStep];
     for (uint32_t token = static_cast<uint32_t>(vocab_.size()); token > 0;) {
         uint32_t group = 0;
         while (token > 0 && group < kStep) {
             Span s = vocab_.bytes_of_token(--token);
-            if (s.size > ShortCache::Key::kBytes || !vocab_.is_piece(token)) continue;
-            keys[group] = ShortCache::Key::of(s.data, s.size, vocab_.readable(s));
-            hashes[group] = keys[group].hash();
-            short_.prefetch(hashes[group]);
+            // Bytes that no text has mean something else in a key.
+            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token) || *std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
+            keys[group] = short_key(s.data, s.size, vocab_.readable(s));
+            short_.prefetch(keys[group]);
             ids[group++] = vocab_.external(token);
         }
-        for (uint32_t i = 0; i < group; i++) short_.store(keys[i], hashes[i], &ids[i], 1);
+        for (uint32_t i = 0; i < group; i++) short_.store(keys[i], &ids[i], 1);
     }
 }
 
@@ -188,28 +199,33 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
     }
 }
 
+// Whether two characters of three bytes may stand side by side in text[begin, end).
+inline bool is_wide(const uint8_t* text, size_t begin, size_t end) {
+    uint8_t highest = 0;
+    for (size_t i = begin; i + 3 < end; i++) highest = std::max(highest, std::min(text[i], text[i + 3]));
+    return highest >= 0xE0;
+}
+
 // Appends the ids of the `count` pretokens that end at stops[1], stops[2], …, the first of which begins at stops[0];
 // `plain`: none is empty.
 inline void Coder::look_up(const uint8_t* text, size_t n, const uint32_t* stops, size_t count, bool plain, IdBuffer& out,
                            Marks* marks) {
     if (!count) return;
-    // Where no character has three bytes, nothing is to be cut.
-    uint8_t highest = 0;
-    for (size_t i = stops[0]; i < stops[count]; i++) highest = std::max(highest, text[i]);
     Batch& batch = *batch_;
     uint32_t start = stops[0];
     for (size_t done = 0; done < count; start = batch.stops[batch.size]) {
-        if (plain && highest < 0xE0) {
+        size_t next = std::min(kBatch, count - done);
+        if (plain && start == stops[done] && !is_wide(text, start, stops[done + next])) {
             batch.stops = stops + done;
-            batch.size = std::min(kBatch, count - done);
-            done += batch.size;
+            batch.size = next;
+            done += next;
         } else {
             batch.own_stops[0] = start;
             batch.stops = batch.own_stops;
             done += cut(batch, text, stops + 1 + done, count - done);
         }
         ask(batch, text, n);
-        size_t found = emit_found(batch, text, n, out, marks);
+        size_t found = marks ? emit_found<true>(batch, text, n, out, marks) : emit_found<false>(batch, text, n, out, marks);
         if (found == batch.size) continue;
         find_rest(batch, found, text, n);
         merge_missed(batch, text, n);
@@ -232,7 +248,7 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
     const Joints& joints = vocab_.joints();
     size_t size = 0, next = 0, at = batch.own_stops[0];
     while (size < kBatch && next < count) {
-        size_t end = ends[next];
+        size_t begin = at, end = ends[next];
         // Whether the last two characters may have three bytes each: a cut is worth looking for.
         if (end >= at + 6 && text[end - 1] >= 0x80 && text[end - 3] >= 0xE0 && text[end - 6] >= 0xE0) {
             uint32_t last = 0;
@@ -252,7 +268,7 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
             if (size == kBatch) break;
         }
         batch.own_stops[size + 1] = static_cast<uint32_t>(end);
-        size += end != batch.own_stops[size];
+        size += end != begin;
         at = end;
         next++;
     }
@@ -262,23 +278,28 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
 
 // The keys of the batch; asks for their places in the caches.
 inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
-    size_t longs = 0;
-    for (size_t i = 0; i < batch.size; i++) {
-        size_t at = batch.stops[i], length = batch.stops[i + 1] - at;
+    const uint32_t* stops = batch.stops;
+    ShortKey* keys = batch.keys;
+    const ShortLine** lines = batch.lines;
+    size_t size = batch.size, longs = 0, at = stops[0];
+    const ShortCache::Place place = short_.place();
+    for (size_t i = 0; i < size; i++) {
+        size_t next = stops[i + 1], length = next - at;
         batch.long_ones[longs] = static_cast<uint32_t>(i);
-        longs += length > ShortCache::Key::kBytes;
-        ShortCache::Key key = short_key(text + at, length, n - at);
-        const ShortCache::Entry* line = short_.line(key.hash());
-        batch.keys[i] = key;
-        batch.lines[i] = line;
+        longs += length > ShortKey::kBytes;
+        ShortKey key = short_key(text + at, length, n - at);
+        const ShortLine* line = place.line(key);
+        keys[i] = key;
+        lines[i] = line;
         fetch(line);
+        at = next;
     }
     for (size_t k = 0; k < longs; k++) {
-        size_t i = batch.long_ones[k], at = batch.stops[i], length = batch.stops[i + 1] - at;
+        size_t i = batch.long_ones[k], begin = stops[i], length = stops[i + 1] - begin;
         if (length <= MiddleCache::Key::kBytes)
-            middle_.prefetch(MiddleCache::Key::of(text + at, length, n - at).hash());
+            middle_.prefetch(MiddleCache::Key::of(text + begin, length, n - begin));
         else if (length <= LongCache::Key::kBytes)
-            long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
+            long_.prefetch(LongCache::Key::of(text + begin, length, n - begin));
     }
 }
 
@@ -289,28 +310,26 @@ inline const uint32_t* Coder::find(const Batch& batch, size_t i, const uint8_t* 
     const uint32_t* ids = nullptr;
     if (length <= MiddleCache::Key::kBytes && length > ShortCache::kIds) {
         MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-        ids = middle_.find(key, key.hash());
+        ids = middle_.find(key);
     }
     if (!ids && length <= LongCache::Key::kBytes && length > MiddleCache::kIds) {
         LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        ids = long_.find(key, key.hash());
+        ids = long_.find(key);
     }
     return ids;
 }
 
 // Appends the ids of the batch up to the first pretoken that no cache holds, and returns its place.
-inline size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks) {
+template <bool marked>
+size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks) {
     uint32_t* first = out.room(LongCache::kIds * batch.size);
     uint32_t* to = first;
-    size_t i = 0, before = out.size();
-    for (; i < batch.size; i++) {
-        if (marks) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
+    size_t i = 0, size = batch.size, before = out.size();
+    for (; i < size; i++) {
+        if constexpr (marked) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
         const uint32_t* ids = probe(batch.lines[i], batch.keys[i]);
         if (ids) [[likely]] {
-            uint32_t head = ids[0];
-            std::memcpy(to, ids, sizeof(Slot));  // all of them, whatever their count
-            to[0] = head & kIdMask;
-            to += (head >> kCountShift) + 1;
+            to = put(ids, to);
             continue;
         }
         ids = find(batch, i, text, n);
@@ -375,14 +394,14 @@ inline void Coder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n,
     } else {
         spill(batch.slots[i], ids, count);
     }
-    if (length <= ShortCache::Key::kBytes && count <= ShortCache::kIds) {
-        short_.store(batch.keys[i], batch.keys[i].hash(), ids, count);
+    if (length <= ShortKey::kBytes && count <= ShortCache::kIds) {
+        short_.store(batch.keys[i], ids, count);
     } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
         MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-        middle_.store(key, key.hash(), ids, count);
+        middle_.store(key, ids, count);
     } else if (length <= LongCache::Key::kBytes && count <= LongCache::kIds) {
         LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        long_.store(key, key.hash(), ids, count);
+        long_.store(key, ids, count);
     }
 }
 
@@ -402,10 +421,7 @@ inline void Coder::emit_rest(const Batch& batch, size_t from, IdBuffer& out, Mar
         const Slot& slot = batch.slots[i];
         uint32_t count = (slot.ids[0] >> kCountShift) + 1;
         if (count <= ShortCache::kIds) {
-            uint32_t head = slot.ids[0];
-            std::memcpy(to, slot.ids, sizeof slot);
-            to[0] = head & kIdMask;
-            to += count;
+            to = put(slot.ids, to);
         } else {
             to = std::copy_n(spill_.data() + slot.ids[1], slot.ids[2], to);
         }
