@@ -1,11 +1,14 @@
 // What pretokens became: keys of up to 15 bytes with 4 ids in lines of 64 bytes, of up to 31 bytes with 8 ids in lines of
-// 128, of up to 63 bytes with 16 ids in lines of 256. A line has two places; of the two, the key stored earlier goes first.
+// 128, of up to 63 bytes with 16 ids in lines of 256. A line has two places. Where both are taken, a key goes into the
+// other line of the pair, which processors fetch along; where that is full too, the key stored first is dropped.
 #pragma once
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "bpe/memory.h"
 
@@ -92,8 +95,8 @@ class Cache {
     using Line = bpe::Line<words, max_ids>;
     static constexpr size_t kIds = max_ids;
 
-    // Begins with `1 << bits` lines, or the most there may be.
-    explicit Cache(int bits) { allocate(std::min(bits, largest)); }
+    // Begins with `1 << bits` lines, at least 64.
+    explicit Cache(int bits) { allocate(std::clamp(bits, 6, largest)); }
 
     // Where the lines are, until the next key is stored: for loops that keep it in registers.
     struct Place {
@@ -109,26 +112,38 @@ class Cache {
         for (size_t k = 0; k < sizeof(Line); k += 64) fetch(line + k);
     }
     // The ids of a key, or null.
-    const uint32_t* find(const Key& key) const {
+    const uint32_t* find(const Key& key) {
         const Line* at = line(key);
         // Which of the two it is nobody can predict, whether it is one of them nearly always.
         bool first = at->keys[0] == key, second = at->keys[1] == key;
         const uint32_t* ids = at->ids[first ? 0 : 1];
-        return first | second ? ids : nullptr;
+        return first | second ? ids : find_next_door(key);
+    }
+    // The same for a key that is not in its own line, into which it moves.
+    const uint32_t* find_next_door(const Key& key) {
+        size_t offset = Hash::of(key) & mask_;
+        if (!get(overflowed_, offset)) return nullptr;
+        Line &home = at(offset), &door = at(offset ^ sizeof(Line));
+        for (size_t k = 0; k < 2; k++) {
+            if (!(door.keys[k] == key)) continue;
+            std::swap(door.keys[k], home.keys[1]);
+            std::swap_ranges(door.ids[k], door.ids[k] + max_ids, home.ids[1]);
+            return home.ids[1];
+        }
+        return nullptr;
     }
     // Stores 1 to max_ids ids.
     void store(const Key& key, const uint32_t* ids, size_t count) {
+        if (find(key)) return;
         if (used_ > capacity_ && capacity_ < size_t{1} << largest) grow();
-        Line* at = const_cast<Line*>(line(key));
-        if (at->keys[0] == key) return;
-        used_ += empty(at->keys[1]);
-        at->keys[1] = at->keys[0];
-        at->keys[0] = key;
-        std::copy_n(at->ids[0], max_ids, at->ids[1]);
-        std::copy_n(ids, count, at->ids[0]);
-        std::fill(at->ids[0] + count, at->ids[0] + max_ids, 0);
-        at->ids[0][0] |= static_cast<uint32_t>(count - 1) << kCountShift;
+        uint32_t all[max_ids] = {};
+        std::copy_n(ids, count, all);
+        all[0] |= static_cast<uint32_t>(count - 1) << kCountShift;
+        insert(key, all);
     }
+    // Notes that a key has more ids than fit, and whether one of the key's line may be such.
+    void pass_on(const Key& key) { set(passed_on_, Hash::of(key) & mask_); }
+    bool passed_on(const Key& key) const { return get(passed_on_, Hash::of(key) & mask_); }
 
   private:
     // In an empty place's key every byte is this one, of which no UTF-8 has any.
@@ -137,6 +152,18 @@ class Cache {
     struct Free {
         void operator()(Line* p) const { free_table(p); }
     };
+
+    // One bit for each line.
+    using Bits = std::vector<uint64_t>;
+    static bool get(const Bits& bits, size_t offset) {
+        size_t i = offset / sizeof(Line);
+        return bits[i / 64] >> (i % 64) & 1;
+    }
+    static void set(Bits& bits, size_t offset) {
+        size_t i = offset / sizeof(Line);
+        bits[i / 64] |= uint64_t{1} << (i % 64);
+    }
+    Line& at(size_t offset) { return *reinterpret_cast<Line*>(reinterpret_cast<char*>(lines_.get()) + offset); }
 
     void allocate(int bits) {
         size_t bytes = sizeof(Line) << bits;
@@ -147,28 +174,42 @@ class Cache {
         mask_ = bytes - sizeof(Line);
         used_ = 0;
         bits_ = bits;
+        overflowed_.assign(capacity_ / 64, 0);
+        // Lines that once were one had one bit.
+        size_t before = passed_on_.size();
+        passed_on_.resize(capacity_ / 64);
+        for (size_t i = before; before && i < passed_on_.size(); i++) passed_on_[i] = passed_on_[i % before];
+    }
+    void insert(const Key& key, const uint32_t* ids) {
+        size_t offset = Hash::of(key) & mask_;
+        Line* to = &at(offset);
+        if (!empty(to->keys[1])) {
+            Line& door = at(offset ^ sizeof(Line));
+            if (empty(door.keys[1])) {
+                set(overflowed_, offset);
+                to = &door;
+            }
+        }
+        used_ += empty(to->keys[1]);
+        to->keys[1] = to->keys[0];
+        to->keys[0] = key;
+        std::copy_n(to->ids[0], max_ids, to->ids[1]);
+        std::copy_n(ids, max_ids, to->ids[0]);
     }
     void grow() {
         std::unique_ptr<Line, Free> old = std::move(lines_);
         size_t count = capacity_;
         allocate(std::min(bits_ + 2, largest));
         for (size_t i = 0; i < count; i++)
-            for (size_t k = 2; k-- > 0;) {
-                const Line& from = old.get()[i];
-                if (empty(from.keys[k])) continue;
-                Line* to = const_cast<Line*>(line(from.keys[k]));
-                used_ += empty(to->keys[1]);
-                to->keys[1] = to->keys[0];
-                to->keys[0] = from.keys[k];
-                std::copy_n(to->ids[0], max_ids, to->ids[1]);
-                std::copy_n(from.ids[k], max_ids, to->ids[0]);
-            }
+            for (size_t k = 2; k-- > 0;)
+                if (const Line& from = old.get()[i]; !empty(from.keys[k])) insert(from.keys[k], from.ids[k]);
     }
 
     std::unique_ptr<Line, Free> lines_;
     size_t used_ = 0, capacity_ = 0;
     uint64_t mask_ = 0;
     int bits_ = 0;
+    Bits overflowed_, passed_on_;
 };
 
 using MiddleCache = Cache<4, 8, 17, MixHash>;   // 16 MB

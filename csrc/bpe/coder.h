@@ -89,7 +89,7 @@ class Coder final : public Encoder {
     void ask(Batch& batch, const uint8_t* text, size_t n);
     template <bool marked>
     size_t emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks);
-    const uint32_t* find(const Batch& batch, size_t i, const uint8_t* text, size_t n) const;
+    const uint32_t* find(const Batch& batch, size_t i, const uint8_t* text, size_t n);
     void find_rest(Batch& batch, size_t from, const uint8_t* text, size_t n);
     void merge_missed(Batch& batch, const uint8_t* text, size_t n);
     void finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count);
@@ -120,7 +120,7 @@ class Coder final : public Encoder {
 };
 
 inline Coder::Coder(const Vocab& vocab)
-    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(7), long_(5), batch_(new Batch) {
+    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(7), long_(6), batch_(new Batch) {
     batch_->grown = false;
     seed();
 }
@@ -303,20 +303,21 @@ inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
     }
 }
 
-// The ids of pretoken i, which the short cache has not, or null. What has more ids than fit beside a key of its length
-// is held by the next larger cache.
-inline const uint32_t* Coder::find(const Batch& batch, size_t i, const uint8_t* text, size_t n) const {
+// The ids of pretoken i, which is not in its line of the short cache, or null. What has more ids than fit beside a key of
+// its length is held by the next larger cache.
+inline const uint32_t* Coder::find(const Batch& batch, size_t i, const uint8_t* text, size_t n) {
     size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
     const uint32_t* ids = nullptr;
-    if (length <= MiddleCache::Key::kBytes && length > ShortCache::kIds) {
+    if (length <= ShortKey::kBytes) {
+        ids = short_.find_next_door(batch.keys[i]);
+        if (ids || !short_.passed_on(batch.keys[i])) return ids;
+    }
+    if (length <= MiddleCache::Key::kBytes) {
         MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
         ids = middle_.find(key);
+        if (ids || !middle_.passed_on(key)) return ids;
     }
-    if (!ids && length <= LongCache::Key::kBytes && length > MiddleCache::kIds) {
-        LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        ids = long_.find(key);
-    }
-    return ids;
+    return length <= LongCache::Key::kBytes ? long_.find(LongCache::Key::of(text + start, length, n - start)) : nullptr;
 }
 
 // Appends the ids of the batch up to the first pretoken that no cache holds, and returns its place.
@@ -394,15 +395,17 @@ inline void Coder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n,
     } else {
         spill(batch.slots[i], ids, count);
     }
-    if (length <= ShortKey::kBytes && count <= ShortCache::kIds) {
-        short_.store(batch.keys[i], ids, count);
-    } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
-        MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-        middle_.store(key, ids, count);
-    } else if (length <= LongCache::Key::kBytes && count <= LongCache::kIds) {
-        LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        long_.store(key, ids, count);
+    if (length <= ShortKey::kBytes) {
+        if (count <= ShortCache::kIds) return short_.store(batch.keys[i], ids, count);
+        short_.pass_on(batch.keys[i]);
     }
+    if (length <= MiddleCache::Key::kBytes) {
+        MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
+        if (count <= MiddleCache::kIds) return middle_.store(key, ids, count);
+        middle_.pass_on(key);
+    }
+    if (length <= LongCache::Key::kBytes && count <= LongCache::kIds)
+        long_.store(LongCache::Key::of(text + start, length, n - start), ids, count);
 }
 
 inline void Coder::spill(Slot& slot, const uint32_t* ids, size_t count) {
