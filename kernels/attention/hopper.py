@@ -23,7 +23,7 @@ if NEWER:
     FORWARD |= {64: (64, 4), 128: (64, 4)}
 # dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two). At 256 its sum fills half of the
 # registers, and tiles of 64 keys, the fewest in which unsound ones can be looked for, spill 112 to 316 bytes.
-QUERY = {64: (64, 6), 128: (64, 6)}
+QUERY = {64: (64, 6), 128: (64, 6), 256: (64, 3)}
 # dK and dV: head dimension: (tile of queries, stages). At 128 the two sums leave registers for 32 queries on every
 # Triton; with 64 there are versions and rules that spill 12 to 96 bytes.
 KEY = {64: (64, 3), 128: (32, 4), 256: (32, 4)}

@@ -36,6 +36,12 @@ from fastformer.kernels.attention.hopper_shared import (
 )
 
 
+@gluon.constexpr_function
+def taken(head_dim, block_n):
+    """Keys of a tile that are multiplied at once: as many as registers hold beside dQ."""
+    return min(block_n, 8192 // head_dim)
+
+
 @gluon.jit
 def _produce(
     Q, K, V, DO, q_smem, do_smem, ring, q_full, full, empty, q_row, q_column, do_row, do_column,
@@ -85,43 +91,49 @@ def _add_keys(
     CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Adds to dq what this step's keys contribute. lse in base 2, +inf for rows that see no key."""
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    TAKEN: gl.constexpr = taken(HEAD_DIM, BLOCK_N)
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAKEN, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     k_slot = (2 * step) % SLOTS
     v_slot = (2 * step + 1) % SLOTS
     v_phase = ((2 * step + 1) // SLOTS) & 1
-    k = ring.index(k_slot)
-    v = ring.index(v_slot)
+    tile_k = ring.index(k_slot)
+    tile_v = ring.index(v_slot)
     mbarrier.wait(full.index(k_slot), (2 * step // SLOTS) & 1)
     if CHECK:
         mbarrier.wait(full.index(v_slot), v_phase)
-        met = mend(k, v, zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
-    scores = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
-    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
-    if not CHECK:
-        mbarrier.wait(full.index(v_slot), v_phase)
-    dp = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
-    dp = warpgroup_mma(do, v.permute((1, 0)), dp, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    if SOFTCAP:
-        bent = tanh(scores * scale_in)
-        slack = 1.0 - bent * bent
-        weights = gl.exp2(bent * scale_out - lse[:, None])
-    else:
-        weights = gl.exp2(scores * scale_in - lse[:, None])
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    mbarrier.arrive(empty.index(v_slot), count=1)
-    ds = weights * (dp - delta[:, None])
-    if SOFTCAP:
-        ds = ds * slack
-    if CHECK:
-        column = (last_tile - step) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-        inside = (column < k_len)[None, :]
-        seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
-        ds = gl.where(seen, ds, 0.0)
-    factor = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, sums_layout, 2))
-    dq = warpgroup_mma(factor, k, dq, is_async=True)
-    dq, factor = warpgroup_mma_wait(0, deps=[dq, factor])
+        met = mend(tile_k, tile_v, zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
+    for part in gl.static_range(BLOCK_N // TAKEN):
+        k = tile_k.slice(part * TAKEN, TAKEN)
+        v = tile_v.slice(part * TAKEN, TAKEN)
+        scores = gl.zeros([ROWS, TAKEN], gl.float32, scores_layout)
+        scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+        if not CHECK and part == 0:
+            mbarrier.wait(full.index(v_slot), v_phase)
+        dp = gl.zeros([ROWS, TAKEN], gl.float32, scores_layout)
+        dp = warpgroup_mma(do, v.permute((1, 0)), dp, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        if SOFTCAP:
+            bent = tanh(scores * scale_in)
+            slack = 1.0 - bent * bent
+            weights = gl.exp2(bent * scale_out - lse[:, None])
+        else:
+            weights = gl.exp2(scores * scale_in - lse[:, None])
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        if (part + 1) * TAKEN == BLOCK_N:
+            mbarrier.arrive(empty.index(v_slot), count=1)
+        ds = weights * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * slack
+        if CHECK:
+            first = (last_tile - step) * BLOCK_N + part * TAKEN
+            column = first + gl.arange(0, TAKEN, gl.SliceLayout(0, scores_layout))
+            inside = (column < k_len)[None, :]
+            seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
+            ds = gl.where(seen, ds, 0.0)
+        factor = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, sums_layout, 2))
+        dq = warpgroup_mma(factor, k, dq, is_async=True)
+        dq, factor = warpgroup_mma_wait(0, deps=[dq, factor])
     mbarrier.arrive(empty.index(k_slot), count=1)
     return dq, met
 
@@ -140,7 +152,7 @@ def _consume(
         last_tile, edge_tiles, whole_end, tiles: as in forward, but the first step may be a whole tile.
     """
     DTYPE: gl.constexpr = q_smem.dtype
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, taken(HEAD_DIM, BLOCK_N), 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     stat_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     q = q_smem.slice(WHICH * ROWS, ROWS)
