@@ -25,10 +25,10 @@ from fastformer.kernels.rows import (
     TL_DTYPES,
     as_rows,
     cdiv,
-    dense_strides,
     in_rows,
     power_of_two,
     room,
+    room_beside,
     row_stride,
     shape_of_program,
 )
@@ -233,17 +233,20 @@ def _forward_of(
     keep_sum: bool,
     copy_dtype: torch.dtype | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     numbers = (rows, *strides, threshold, keep_scale, eps, offset, n, rms, dropped, TL_DTYPES[sum_dtype])
     block_n = max(power_of_two(n), 16)
     if block_n > FORWARD_TILE_COLUMNS:
         options = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
-        launch = Bound(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
+        bound = Bound(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
     else:
         block_m = max(1, 1024 // block_n)
         each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
         options = shape_of_program(aim, block_m * block_n, each, registers)
-        launch = Bound(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), options)
+        bound = Bound(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), options)
+
+    new_y, new_z = (room_beside(shape, dtype, device, strides[0], dtypes[0]) for dtype in (out_dtype, sum_dtype))
+    new_stats = room((1 if rms else 2, rows), torch.float32, device)
 
     def run(
         input: Tensor,
@@ -254,11 +257,9 @@ def _forward_of(
         seed: Tensor | None,
         copy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        y = torch.empty_strided(shape, dense, dtype=out_dtype, device=device)
-        z = torch.empty_strided(shape, dense, dtype=sum_dtype, device=device) if keep_sum else None
-        stats = room(1 if rms else 2, rows, torch.float32, device)
+        y, z, stats = new_y(input), new_z(input) if keep_sum else None, new_stats()
         if rows:
-            launch(input, residual, row_scale, weight, bias, seed, z, y, copy, stats)
+            bound.launch(input, residual, row_scale, weight, bias, seed, z, y, copy, stats)
         return y, z, stats
 
     return run

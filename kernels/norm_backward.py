@@ -26,10 +26,10 @@ from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     as_rows,
     cdiv,
-    dense_strides,
     in_rows,
     power_of_two,
     room,
+    room_beside,
     row_stride,
     shape_of_program,
     sum_partials,
@@ -285,7 +285,7 @@ def _backward_of(
     summed: bool,
     more: torch.dtype | None,
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     input_dtype, residual_dtype, weight_dtype, bias_dtype = wanted
     dweight, dbias = weight_dtype is not None, bias_dtype is not None
     sums = tuple(dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None)
@@ -304,6 +304,11 @@ def _backward_of(
         constants = (*numbers, dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
         walk = Bound(_backward_tile, (programs,), constants, shape_of_program(aim, block_m * block_n, 8, 128))
     total = sum_partials(aim, device, len(sums) * programs, n, sums) if sums and summed else None
+    new_dx, new_dr = (
+        None if dtype is None else room_beside(shape, dtype, device, strides[2], dtypes[2])
+        for dtype in (input_dtype, residual_dtype)
+    )
+    new_partial = room((len(sums) * programs, n), torch.float32, device)
 
     def run(
         dy: Tensor,
@@ -315,24 +320,20 @@ def _backward_of(
         seed: Tensor | None,
         dy_more: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        dx = dr = partial = None
-        if input_dtype is not None:
-            dx = torch.empty_strided(shape, dense, dtype=input_dtype, device=device)
-        if residual_dtype is not None:
-            dr = torch.empty_strided(shape, dense, dtype=residual_dtype, device=device)
+        dx = None if new_dx is None else new_dx(z)
+        dr = None if new_dr is None else new_dr(z)
         if not rows and not summed:
             return dx, dr, None
         if not rows:
             empty = (None if dtype is None else torch.zeros(n, dtype=dtype, device=device) for dtype in wanted[2:])
             return dx, dr, *empty
-        if sums:
-            partial = room(len(sums) * programs, n, torch.float32, device)
+        partial = new_partial() if sums else None
         if columns is None:
-            walk(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
+            walk.launch(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
         else:
-            walk(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr)
+            walk.launch(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr)
             if partial is not None:
-                columns(dy, dy_more, z, stats, partial)
+                columns.launch(dy, dy_more, z, stats, partial)
         if not summed:
             return dx, dr, partial
         if total is None or partial is None:

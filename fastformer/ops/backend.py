@@ -111,6 +111,11 @@ def is_standing_in() -> bool:
     return _standing_in
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in for tensors on `device`, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
     kind = device.type

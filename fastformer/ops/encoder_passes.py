@@ -148,8 +148,8 @@ def _attention_call(qkv: Tensor, call: LayerCall) -> Any:
     q, k, v = _split(qkv, call.settings.heads, tokens)
     mask = None if tokens.mask is None else tokens.mask[:, None, None, :]
     lengths, longest = tokens.cu_seqlens, tokens.max_seqlen
-    numbers = (call.dropout[0], False, q.shape[-1] ** -0.5, False, -1, -1, 0.0)
-    return make_call((q, k, v, lengths, lengths, longest, longest, mask, None, None, call.seeds[0]), numbers)
+    numbers = (longest, longest, call.dropout[0], False, q.shape[-1] ** -0.5, False, -1, -1, 0.0)
+    return make_call((q, k, v, lengths, lengths, mask, None, None, call.seeds[0]), numbers)
 
 
 def _rows(mixed: Tensor, x: Tensor, tokens: LayerTokens) -> Tensor:
