@@ -185,21 +185,27 @@ def loss_reference(
     place = goal.where(kept, 0).unsqueeze(-1)
     row_weight = row_weights(goal, class_weight, ignore_index).to(x.dtype).unsqueeze(-1)
     each = x.new_ones(classes) if class_weight is None else class_weight.to(x.dtype)
-    lse = x.logsumexp(-1, keepdim=True)
-    losses = (1 - smoothing) * row_weight * (lse - x.gather(-1, place)) + z_loss * row_weight * lse.square()
+    # Every line over all classes is a pass through memory, so they are few and in place.
+    log_p = torch.log_softmax(x, -1)
+    losses = (smoothing - 1) * row_weight * log_p.gather(-1, place)
+    factor = (1 - smoothing) * row_weight
+    if z_loss:
+        lse = x.logsumexp(-1, keepdim=True)
+        losses += z_loss * row_weight * lse.square()
+        factor += 2 * z_loss * row_weight * lse
     if smoothing:
-        losses += smoothing / classes * (each * (lse - x)).sum(-1, keepdim=True)
+        losses -= smoothing / classes * (each * log_p).sum(-1, keepdim=True)
+        factor += smoothing / classes * each.sum()
     losses = losses.squeeze(-1).where(kept, 0.0)
     if not needed:
         return losses, logits
-    p = torch.exp(x - lse)
-    gradient = (1 - smoothing + 2 * z_loss * lse) * row_weight * p
-    gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight)
+    gradient = log_p.exp_().mul_(factor * scale)
+    gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight * scale)
     if smoothing:
-        gradient += smoothing / classes * (each.sum() * p - each)
+        gradient -= smoothing / classes * scale * each
     if cap:
         gradient *= 1 - bent.square()
-    return losses, (gradient * scale).where(kept.unsqueeze(-1), 0.0).to(logits.dtype)
+    return losses, gradient.masked_fill_(~kept.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
