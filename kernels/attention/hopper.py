@@ -21,9 +21,8 @@ FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 if NEWER:
     FORWARD |= {64: (64, 4), 128: (64, 4)}
-# dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two). At 256 its sum fills half of the
-# registers, and tiles of 64 keys, the fewest in which unsound ones can be looked for, spill 112 to 316 bytes.
-QUERY = {64: (64, 6), 128: (64, 6)}
+# dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two).
+QUERY = {64: (64, 6), 128: (64, 6), 256: (64, 3)}
 # dK and dV: head dimension: (tile of queries, stages). At 128 the two sums leave registers for 32 queries on every
 # Triton; with 64 there are versions and rules that spill 12 to 96 bytes.
 KEY = {64: (64, 3), 128: (32, 4), 256: (32, 4)}
@@ -156,7 +155,7 @@ def hopper_backward_query(
         grad_lse: like lse, any strides, or None.
     """
     planes = _planes(call, grad_out)
-    if planes is None or call.head_dim not in QUERY:
+    if planes is None:
         return False
     block_n, slots = QUERY[call.head_dim]
     tiles, count, section = _order(call)
@@ -165,8 +164,8 @@ def hopper_backward_query(
         dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
     q, k, v, do = planes
     backward_query_kernel[(tiles * count,)](
-        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse, grad_lse,
-        delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
+        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse,
+        grad_lse, delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
         *call.strides(dq), *_rows(call), *dl_strides, tiles, call.heads, count, section, call.q_len, call.k_len,
         call.query.shape[0] if call.packed else 0, call.scale, *call.scales, call.left, call.right,
         BLOCK_N=block_n, SLOTS=slots, **_constants(call),
@@ -181,7 +180,7 @@ def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor
         lse, delta: as the forward and dQ kernels leave them; contiguous. grad_out: like the output.
     """
     planes = _planes(call, grad_out)
-    if planes is None or call.head_dim not in KEY or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
+    if planes is None or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
         return False
     block_m, stages = KEY[call.head_dim]
     q, k, v, do = planes

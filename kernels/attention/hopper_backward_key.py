@@ -30,10 +30,10 @@ from fastformer.kernels.attention.hopper_shared import (
     ROWS,
     blank,
     row_range,
+    seeing_rows,
     tanh,
     whole_layout,
     wide_layout,
-    within_band,
 )
 
 
@@ -110,18 +110,17 @@ def _clear(
 
 @gluon.jit
 def _add_rows(
-    dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column, diagonal, limit,
-    left, right, scale_in, scale_out,
-    WHICH: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last, diagonal, limit,
+    scale_in, scale_out,
+    WHICH: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, LATER: gl.constexpr, SOFTCAP: gl.constexpr,
+    CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv, as far as they are wanted, what a tile of queries contributes.
 
     Args:
-        column: numbers of the consumer's keys, from 0.
-        diagonal: what the tile's first row is compared with them as; for each further row one more.
-        limit: what the row at the end of the sequence would be compared as.
+        first, last: rows that see each of the consumer's keys, as seeing_rows gives them for keys from 0.
+        diagonal: the tile's first row, so numbered.
+        limit: the row behind the last of the sequence.
     """
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -153,8 +152,9 @@ def _add_rows(
         weights = gl.exp2(scores * scale_in - (lse * LOG2E)[None, :])
     if CHECK:
         row = diagonal + gl.arange(0, BLOCK_M, stat_layout)
-        alive = ((lse != float("-inf")) & (row < limit))[None, :]
-        seen = within_band(alive, row[None, :], column[:, None], 0, left, right, CAUSAL, LEFT, RIGHT)
+        seen = (lse != float("-inf"))[None, :] & (row[None, :] <= last[:, None])
+        if LATER:
+            seen = seen & (row[None, :] >= first[:, None])
         weights = gl.where(seen, weights, 0.0)
     if WANT_DV:
         factor = gl.convert_layout(weights.to(DTYPE), left_layout)
@@ -206,9 +206,10 @@ def _consume(
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     k = k_smem.slice(PLACE, ROWS)
     v = v_smem.slice(PLACE, ROWS)
-    column = gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
     diagonal -= PLACE
     limit -= PLACE
+    column = gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
+    first, last = seeing_rows(column, limit, left, right, CAUSAL, LEFT, RIGHT)
     dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, sums_layout)
     dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, sums_layout)
     met = 0
@@ -217,16 +218,16 @@ def _consume(
     for step in range(checked * GROUP):
         start = gl.where(i < front, i, i + tiles - checked) * BLOCK_M
         dk, dv, met = _add_rows(
-            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column,
-            diagonal + start, limit, left, right, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL, LEFT, RIGHT,
-            SOFTCAP, True, HEAD_DIM, BLOCK_M, STAGES, DTYPE,
+            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last,
+            diagonal + start, limit, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL or RIGHT, SOFTCAP, True,
+            HEAD_DIM, BLOCK_M, STAGES, DTYPE,
         )  # fmt: skip
         i = gl.where(i + 1 == checked, 0, i + 1)
     for step in range(checked * GROUP, tiles * GROUP):
         dk, dv, met = _add_rows(
-            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column, diagonal, limit,
-            left, right, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL, LEFT, RIGHT, SOFTCAP, False, HEAD_DIM,
-            BLOCK_M, STAGES, DTYPE,
+            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last, diagonal,
+            limit, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL or RIGHT, SOFTCAP, False, HEAD_DIM, BLOCK_M,
+            STAGES, DTYPE,
         )  # fmt: skip
     if SPLIT:
         # Both have read all of the keys and values.

@@ -30,9 +30,9 @@ from fastformer.kernels.attention.hopper_shared import (
     in_section,
     key_range,
     mend,
+    seen_keys,
     tanh,
     wide_layout,
-    within_band,
 )
 
 
@@ -64,14 +64,15 @@ def _produce(
 
 @gluon.jit
 def _soften(
-    qk, peak, total, start, row, offset, k_len, left, right, scale_in, scale_out,
-    CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr,
+    qk, peak, total, start, first, last, scale_in, scale_out,
+    LEFT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr,
     BLOCK_N: gl.constexpr, DTYPE: gl.constexpr, scores_layout: gl.constexpr, weights_layout: gl.constexpr,
 ):  # fmt: skip
     """Running softmax over one tile of dot products.
 
     Args:
-        qk: fp32 [ROWS, BLOCK_N]. peak: largest score so far, before scaling. total: sum of weights so far.
+        qk: fp32 [ROWS, BLOCK_N], of the keys from `start`. first, last: as seen_keys gives them.
+        peak: largest score so far, before scaling. total: sum of weights so far.
 
     Returns:
         (weights as the left factor of the product with the values, factor of what came before, peak, total).
@@ -83,8 +84,9 @@ def _soften(
         factor = scale_in
     if CHECK:
         column = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-        inside = (column < k_len)[None, :]
-        seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
+        seen = column[None, :] <= last[:, None]
+        if LEFT:
+            seen = seen & (column[None, :] >= first[:, None])
         qk = gl.where(seen, qk, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(qk, 1))
     base = new_peak * factor
@@ -99,8 +101,7 @@ def _soften(
 @gluon.jit
 def _advance(
     acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-    step, last_tile, row, offset, k_len, left, right, scale_in, scale_out,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    step, last_tile, first, last, scale_in, scale_out, WHICH: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
     FIRST: gl.constexpr, CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -127,8 +128,8 @@ def _advance(
         qk = warpgroup_mma_wait(1, deps=[qk])
     mbarrier.arrive(k_empty.index(stage), count=1)
     new_weights, fade, peak, total = _soften(
-        qk, peak, total, (last_tile - step) * BLOCK_N, row, offset, k_len, left, right, scale_in, scale_out,
-        CAUSAL, LEFT, RIGHT, SOFTCAP, CHECK, BLOCK_N, DTYPE, scores_layout, gl.DotOperandLayout(0, out_layout, 2),
+        qk, peak, total, (last_tile - step) * BLOCK_N, first, last, scale_in, scale_out, LEFT, SOFTCAP,
+        CHECK, BLOCK_N, DTYPE, scores_layout, gl.DotOperandLayout(0, out_layout, 2),
     )  # fmt: skip
     if not CHECK:
         mbarrier.wait(v_full.index(stage), phase)
@@ -160,6 +161,7 @@ def _consume(
     q = q_smem.slice(WHICH * ROWS, ROWS)
     flags = flag_smem.index(WHICH)
     row = first_row + WHICH * ROWS + gl.arange(0, ROWS, stat_layout)
+    first, last = seen_keys(row, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
     weights = gl.zeros([ROWS, BLOCK_N], DTYPE, gl.DotOperandLayout(0, out_layout, 2))
     peak = gl.full([ROWS], float("-inf"), gl.float32, stat_layout)
@@ -168,27 +170,27 @@ def _consume(
     mbarrier.wait(q_full.index(0), 0)
     acc, weights, peak, total, met = _advance(
         acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-        0, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+        0, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
         True, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
     )  # fmt: skip
     for step in range(1, edge_tiles):
         acc, weights, peak, total, met = _advance(
             acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-            step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+            step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
             False, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
         )  # fmt: skip
     for step in range(gl.maximum(edge_tiles, 1), whole_end):
         acc, weights, peak, total, met = _advance(
             acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-            step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+            step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
             False, False, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
         )  # fmt: skip
     if LEFT:
         for step in range(gl.maximum(whole_end, 1), tiles):
             acc, weights, peak, total, met = _advance(
                 acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty,
-                meet, step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT,
-                RIGHT, SOFTCAP, False, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
+                meet, step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP, False, True, HEAD_DIM,
+                BLOCK_N, STAGES, DTYPE,
             )  # fmt: skip
     acc = warpgroup_mma(weights, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])

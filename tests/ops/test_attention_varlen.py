@@ -212,9 +212,9 @@ def test_opcheck(device, interpreting):
     from fastformer.ops.attention.kernel import attention
 
     rules = (0.0, True, 0.25, True, 5, -1, 0.0)
-    torch.library.opcheck(attention.op, (query, key, value, bounds, bounds, 14, 14, None, None, None, None, *rules))
+    torch.library.opcheck(attention.op, (query, key, value, bounds, bounds, None, None, None, None, 14, 14, *rules))
     dense = [torch.randn(2, 2, 18, 16, device=device).requires_grad_() for _ in range(3)]
-    torch.library.opcheck(attention.op, (*dense, None, None, 0, 0, None, None, None, None, *rules))
+    torch.library.opcheck(attention.op, (*dense, None, None, None, None, None, None, 0, 0, *rules))
 
 
 @pytest.mark.parametrize(
