@@ -66,7 +66,7 @@ def backend_for(device: torch.device) -> str:
     """
     if _standing_in:
         return "triton"
-    choice = forced_backend()
+    choice = "auto" if state()[1] is None else forced_backend()
     kind = device.type
     if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,8 @@ class Packing:
             if mask.ndim != 2:
                 raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
         fused = all(map(_is_for_kernels, masks))
+        if not fused and all(mask.device.type == "cpu" for mask in masks):
+            return [_from_facts(mask, _facts_here(mask != 0), None) for mask in masks]
         facts = [_fused_facts(mask) if fused else _facts(mask != 0) for mask in masks]
         # The one wait for the device: lengths decide the shapes of everything that follows.
         read = (facts[0] if len(facts) == 1 else torch.cat(facts)).tolist()
@@ -166,6 +169,14 @@ def _facts(real: Tensor) -> Tensor:
     return torch.stack((real.sum(dim=1), real[:, :1].sum(dim=1), rises.sum(dim=1)), dim=1)
 
 
+def _facts_here(real: Tensor) -> list[list[int]]:
+    """What `_facts` says, on the host: padding is mostly on the right, where lengths tell all."""
+    lengths = real.sum(dim=1)
+    if torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None]):
+        return [[length, int(length > 0), 0] for length in lengths.tolist()]
+    return _facts(real).tolist()
+
+
 def _is_for_kernels(mask: Tensor) -> bool:
     if torch.compiler.is_compiling() or not is_plain((mask,)) or not mask.numel():
         return False
@@ -201,8 +212,7 @@ def _from_facts(mask: Tensor, read: list[list[int]], facts: Tensor | None) -> Pa
         indices, inverse, cu_seqlens, place = _fused_places(mask, facts, tokens, rows)
     else:
         flat = (mask != 0).flatten()
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        cu_seqlens = torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32)
         if mask.device.type == "cpu":
             indices = flat.nonzero().squeeze(1)
         else:
