@@ -325,6 +325,7 @@ def backward_key_kernel(
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # the barriers, for TMA
     front = whole_first - first_tile
     checked = front + end_tile - whole_last
     first_row = first_tile * BLOCK_M

@@ -277,13 +277,13 @@ def forward_kernel(
     flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, BLOCK_N], flat)
     zeros = gl.allocate_shared_memory(DTYPE, [PROBE, PROBED], smem)
     zeros.store(gl.zeros([PROBE, PROBED], DTYPE, wide_layout(PROBED)))
-    fence_async_shared()
     q_full = barriers(1, 1)
     k_full = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
     k_empty = barriers(STAGES, CONSUMERS)
     v_empty = barriers(STAGES, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # zeros and barriers, for the tensor cores and TMA
     kv_head = head // GROUP
     last_key = k_start + (end_tile - 1) * BLOCK_N
     gl.warp_specialize(
