@@ -86,7 +86,7 @@ _MASKED: dict[str, _Table] = {
     },
     "sm_90": {
         64: (Config(128, 64, 8, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
-        128: (Config(128, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 1)),
+        128: (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 1)),
     },
     "sm_100": {
         64: (Config(128, 64, 8, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),

@@ -420,16 +420,16 @@ def _bind(
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         if append is not None:
-            append(k, v, k_cache, v_cache, seqlens, table, cos, sin)
+            append.launch(k, v, k_cache, v_cache, seqlens, table, cos, sin)
         if empty:
             return out, lse
         if splits == 1:
-            attend(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
+            attend.launch(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
             return out, lse
         part = torch.empty(part_shape, dtype=torch.float32, device=device)
         stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
-        attend(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
-        combine(part, stats, out, lse, sinks)
+        attend.launch(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
+        combine.launch(part, stats, out, lse, sinks)
         return out, lse
 
     return run

@@ -241,7 +241,7 @@ def _forward_of(call: Call) -> Forward:
     )  # fmt: skip
     programs = tiles * call.heads * (call.batch + call.packed)
     kernel = short_forward if call.short else _forward
-    launch = bind(target, call, kernel, wide_forward, programs, numbers, config, call.value_dim)
+    bound = bind(target, call, kernel, wide_forward, programs, numbers, config, call.value_dim)
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
@@ -250,7 +250,7 @@ def _forward_of(call: Call) -> Forward:
         out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
         lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
         if not empty:
-            launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
+            bound.launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
         return out, lse
 
     return run
