@@ -51,10 +51,10 @@ def attention_backward(
     places = (call.mask, call.slopes, call.seed, call.cu_q, call.cu_k)
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
     if not hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq) and lse.numel():
-        by_query = call.once(("dQ", *layouts), lambda: _by_query(call, *layouts))
+        by_query = call.once(("dQ", grad_out.dtype, *layouts), lambda: _by_query(call, *layouts))
         by_query.launch(call.query, call.key, call.value, out, grad_out, lse, grad_lse, delta, dq, *places)
     if not hopper_backward_key(call, lse, delta, grad_out, dk, dv) and call.key.numel():
-        by_key = call.once(("dK and dV", *layouts), lambda: _by_key(call, *layouts))
+        by_key = call.once(("dK and dV", grad_out.dtype, *layouts), lambda: _by_key(call, *layouts))
         by_key.launch(call.query, call.key, call.value, grad_out, lse, delta, dk, dv, *places)
     return dq, dk, dv, delta
 
@@ -69,7 +69,8 @@ def bind_backward(
     """`attention_backward` by the portable kernels, as a function of `Call.tensors` and its other arguments, for all
     calls with these numbers whose other arguments lie in memory like these."""
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, *(into or ()))]
-    return call.once(("backward", call.short_backward, *layouts), lambda: _backward_of(call, *layouts))
+    name = ("backward", call.short_backward, grad_out.dtype, *layouts)
+    return call.once(name, lambda: _backward_of(call, *layouts))
 
 
 # Strides of a tensor, None where there is none.
