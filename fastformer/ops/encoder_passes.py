@@ -59,6 +59,7 @@ class LayerSettings:
         heads: attention heads.
         attention_dropout, dropout, last_dropout: probabilities, of attention's weights and of the two branches.
         eps, last_eps: of the norms.
+        activation: "gelu" or "gelu_tanh".
     """
 
     heads: int
@@ -67,6 +68,7 @@ class LayerSettings:
     last_dropout: float
     eps: float
     last_eps: float
+    activation: str = "gelu"
 
 
 class LayerTokens(NamedTuple):
@@ -157,8 +159,8 @@ def _rows(mixed: Tensor, x: Tensor, tokens: LayerTokens) -> Tensor:
     return (mixed if tokens.cu_seqlens is not None else mixed.transpose(1, 2)).reshape(x.shape)
 
 
-def _activated(wide: Tensor, p: LayerParameters) -> Tensor:
-    return kernels("activation").activation_forward(wide, None, p.up_bias, None, None, 0, 1.0, "gelu", wide.dtype)
+def _activated(wide: Tensor, bias: Tensor, kind: str) -> Tensor:
+    return kernels("activation").activation_forward(wide, None, bias, None, None, 0, 1.0, kind, wide.dtype)
 
 
 @on_its_device
@@ -181,7 +183,7 @@ def forward(
     y, z, stats = norm(branch, x, p.norm, p.norm_bias, None, *drop, settings.eps, *numbers, lower)
     entry = y if lower is None else lower
     wide = torch.mm(entry, f.up.t())
-    active = _activated(wide, p)
+    active = _activated(wide, p.up_bias, settings.activation)
     branch = torch.addmm(f.down_bias, active, f.down.t())
     drop = (call.seeds[2], *drop_numbers(call.dropout[2]))
     out, last_z, last_stats = norm(branch, y, p.last_norm, p.last_norm_bias, None, *drop, settings.last_eps, *numbers)
@@ -206,7 +208,7 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the input and of the parameters, None where none is needed."""
-    p, tokens = parameters, call.tokens
+    p, settings, tokens = parameters, call.settings, call.tokens
     needs: Any = LayerParameters(*needed)  # type: ignore[arg-type]
     x = hidden.reshape(-1, hidden.shape[-1])
     stream, dtype, norm = x.dtype, call.dtype, kernels("norm_backward").norm_backward_rows
@@ -229,7 +231,7 @@ def backward(
     )  # fmt: skip
     d_active = torch.mm(d_down, w_down)
     (d_up,) = kernels("activation").activation_backward(
-        d_active, wide, None, p.up_bias, None, 0, 1.0, "gelu", dtype, None, None
+        d_active, wide, None, p.up_bias, None, 0, 1.0, settings.activation, dtype, None, None
     )
     more = torch.mm(d_up, w_up) if lower else None
     if more is None:
@@ -242,9 +244,9 @@ def backward(
     d_qkv = torch.empty_like(kept.qkv)
     if needs_hidden or any(needs[:6]):
         shape = (*hidden.shape[:2], -1)
-        d_mixed = torch.mm(d_out, w_out).view(*shape[:2], call.settings.heads, -1)
+        d_mixed = torch.mm(d_out, w_out).view(*shape[:2], settings.heads, -1)
         d_mixed = d_mixed.squeeze(0) if tokens.cu_seqlens is not None else d_mixed.transpose(1, 2)
-        into = _split(d_qkv.view(shape), call.settings.heads, tokens)
+        into = _split(d_qkv.view(shape), settings.heads, tokens)
         kernels("attention.backward").attention_backward(
             _attention_call(kept.qkv.view(shape), call), kept.mixed, kept.lse, d_mixed, None, into
         )
@@ -253,7 +255,7 @@ def backward(
         elif needs_hidden:
             d_x.addmm_(d_qkv, w_qkv)
     if active is None and needs.down:
-        active = _activated(wide, p)
+        active = _activated(wide, p.up_bias, settings.activation)
     if x is None and any(needs[:3]):
         x = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     linears = (
