@@ -25,7 +25,7 @@ def _case(n: int, dtype: torch.dtype, given: bool, dropout: bool) -> Callable[[]
 def cases() -> list[tuple[str, Callable[[], Any]]]:
     """(name, launch on meta tensors) of every configuration."""
     found = []
-    for n in (100, 768, 1024, 4096, 16384):
+    for n in (100, 768, 4096, 16384):
         found.append((f"embedding-{n}-bfloat16", _case(n, torch.bfloat16, False, True)))
         found.append((f"embedding-{n}-float32", _case(n, torch.float32, True, False)))
     ids = torch.empty(8, 512, dtype=torch.int64, device="meta")
