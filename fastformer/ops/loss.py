@@ -52,12 +52,14 @@ def cross_entropy(
     if known is not None:
         return known(logits, target, weight)
     options = checked(weight, ignore_index, reduction, label_smoothing, z_loss, softcap, "logits", logits, target)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     if weight is not None:
         check_tensor("weight", weight, dtypes=DTYPES, shape=logits.shape[-1:], device=logits.device)
     autocast = autocasts(logits.device)
     out_dtype = torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
     rows, goal = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    if backend_for(logits.device) == "torch" or logits.dtype == torch.float64 or logits.shape[-1] == 0:
+    if backend_for(logits.device) == "torch" or logits.dtype == torch.float64:
         return compose(rows, goal, weight, reduction, options, target.shape)
     given, goal = (logits, target, weight), goal.contiguous()
     weight = None if weight is None else weight.contiguous()
