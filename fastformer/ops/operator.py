@@ -116,14 +116,15 @@ class _Context(NamedTuple):
 
 
 class Kinds:
-    """The kinds of calls of one function, found by all that decides on checks, route and launches."""
+    """The kinds of calls of one function, found by all that decides on checks, route and launches. Where nothing has a
+    derivative, any function of a call's tensors can stand for a `Kind`."""
 
     __slots__ = ("found",)
 
     def __init__(self) -> None:
-        self.found: dict[Any, Kind] = {}
+        self.found: dict[Any, Callable[..., Any]] = {}
 
-    def find(self, numbers: Any, *tensors: Tensor | None) -> tuple[Any, Kind | None]:
+    def find(self, numbers: Any, *tensors: Tensor | None) -> tuple[Any, Callable[..., Any] | None]:
         """(key of a call, its kind if that is known); (None, None) for calls that take no kind's way: watched ones,
         those with forward-mode derivatives, those whose arguments are wrong or strange. The first tensor's device
         decides on autocast."""
@@ -135,11 +136,14 @@ class Kinds:
         ):
             return None, None
         try:
+            # PyTorch's operators need no preparation.
+            if tensors[0].is_cpu and backend.backend_for(tensors[0].device) == "torch":  # type: ignore[union-attr]
+                return None, None
             key = (
                 numbers,
                 _grad_enabled(),
                 _saved_tensors_hooks(True) is None,
-                _autocasts() and backend.autocasts(tensors[0].device),  # type: ignore[union-attr]
+                _autocasts() and backend.autocast_dtype(tensors[0].device),  # type: ignore[union-attr]
                 backend.state(),
                 *[
                     None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
@@ -151,7 +155,7 @@ class Kinds:
             # No tensor, or one without strides: the checks that follow say so.
             return None, None
 
-    def keep(self, key: Any, kind: Kind) -> Kind:
+    def keep(self, key: Any, kind: Callable[..., Any]) -> Callable[..., Any]:
         """Remember a kind of call whose arguments are right and all of `is_plain`."""
         if len(self.found) >= KEPT:
             self.found.clear()
@@ -328,6 +332,23 @@ def _picker(places: Sequence[int | None]) -> Callable[[Any], tuple[Any, ...]]:
     if len(places) > 1 and None not in places:
         return operator.itemgetter(*places)
     return lambda items: tuple([None if place is None else items[place] for place in places])
+
+
+def light(function: Any) -> Callable[..., Any]:
+    """`function.apply` of an autograd Function with a setup_context of its own, which makes PyTorch bind every call's
+    arguments through inspect.signature: in plain eager mode the same forward and backward run without that."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    apply = _apply(f"{function.__name__}_light", forward, function.backward)
+
+    def call(*args: Any) -> Any:
+        return function.apply(*args) if _is_watched() else apply(*args)
+
+    return call
 
 
 def _first_ones(count: int | None) -> Callable[[Any], Any]:
