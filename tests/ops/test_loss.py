@@ -260,7 +260,11 @@ def test_bad_arguments(device):
         cross_entropy(x, t, label_smoothing=2.0)
     with pytest.raises(ValueError, match="softcap must be positive"):
         cross_entropy(x, t, softcap=0.0)
-    with pytest.raises(ValueError, match="z_loss must not be negative"):
+    with pytest.raises(TypeError, match="softcap must be a number, got str"):
+        cross_entropy(x, t, softcap="30")
+    with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
+        cross_entropy(x, t, ignore_index=0.5)
+    with pytest.raises(ValueError, match="z_loss must be at least 0, got -1"):
         cross_entropy(x, t, z_loss=-1.0)
     with pytest.raises(ValueError, match=r"weight must have shape \(8\)"):
         cross_entropy(x, t, torch.ones(3, device=device))
