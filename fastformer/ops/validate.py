@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_NUMBERS: tuple[type, ...] = (numbers.Real, torch.SymInt, torch.SymFloat)
+_NUMBERS: Any = (numbers.Real, torch.SymInt, torch.SymFloat)
 _WIDTHS = frozenset((*FLOATS, torch.float64))
 
 
