@@ -52,10 +52,10 @@ def attention_backward(
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
     if not hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq) and lse.numel():
         by_query = call.once(("dQ", *layouts), lambda: _by_query(call, *layouts))
-        by_query(call.query, call.key, call.value, out, grad_out, lse, grad_lse, delta, dq, *places)
+        by_query.launch(call.query, call.key, call.value, out, grad_out, lse, grad_lse, delta, dq, *places)
     if not hopper_backward_key(call, lse, delta, grad_out, dk, dv) and call.key.numel():
         by_key = call.once(("dK and dV", *layouts), lambda: _by_key(call, *layouts))
-        by_key(call.query, call.key, call.value, grad_out, lse, delta, dk, dv, *places)
+        by_key.launch(call.query, call.key, call.value, grad_out, lse, delta, dk, dv, *places)
     return dq, dk, dv, delta
 
 
@@ -97,12 +97,12 @@ def _backward_of(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, *into: 
         places = (as_bytes(mask), slopes, seed, cu_q, cu_k)
         if short:
             if rows or keys:
-                all_three(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
+                all_three.launch(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
             return dq, dk, dv, delta
         if rows:
-            by_query(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
+            by_query.launch(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
         if keys:
-            by_key(query, key, value, grad_out, lse, delta, dk, dv, *places)
+            by_key.launch(query, key, value, grad_out, lse, delta, dk, dv, *places)
         return dq, dk, dv, delta
 
     return run
