@@ -78,12 +78,21 @@ class Prepared:
         grid: one to three ints.
         others: the arguments by position behind the tensors.
         options: constants by name and launch options (num_warps, …).
+        views: of the leading tensors, what the kernel is given in the place of each: `view(tensor)` makes its tensor
+            descriptor, `view.known[pointer]` keeps or `view.at(pointer)` makes one for launches that are repeated.
     """
 
-    __slots__ = ("found", "grid", "kernel", "options", "others")
+    __slots__ = ("found", "grid", "kernel", "options", "others", "views")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.kernel, self.grid, self.others, self.options = kernel, grid, others, options
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        others: tuple[Any, ...],
+        options: dict[str, Any],
+        views: tuple[Any, ...] = (),
+    ) -> None:
+        self.kernel, self.grid, self.others, self.options, self.views = kernel, grid, others, options, views
         self.found: dict[Any, Any] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -92,8 +101,8 @@ class Prepared:
     def _launch(self, tensors: tuple[Tensor | None, ...]) -> Any:
         kernel = self.kernel
         if type(kernel) is _Launcher:
-            return _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options)
-        kernel[self.grid](*tensors, *self.others, **self.options)
+            return _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options, self.views)
+        kernel[self.grid](*_given(tensors, self.views), *self.others, **self.options)
         return None
 
 
@@ -105,8 +114,15 @@ class Bound(Prepared):
 
     __slots__ = ("last",)
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
-        super().__init__(kernel, (*grid, 1, 1)[:3], others, options)
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        others: tuple[Any, ...],
+        options: dict[str, Any],
+        views: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(kernel, (*grid, 1, 1)[:3], others, options, views)
         # Driver, device and switches at the last launch, and what it ran; never set on AMD, where the storages' sizes
         # count as well.
         self.last: tuple[Any, ...] | None = None
@@ -129,7 +145,8 @@ class Bound(Prepared):
             ):
                 x, y, z = self.grid
                 stream = active.get_current_stream(device)
-                run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others)
+                given = _viewed(pointers, self.views) if self.views else pointers
+                run(x, y, z, stream, function, metadata, None, None, None, *given, *others)
                 return
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
@@ -158,6 +175,17 @@ def _is_own(jit: Any) -> bool:
     )
 
 
+def _given(tensors: tuple[Tensor | None, ...], views: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors, the leading ones as their views."""
+    return (*[view(t) for view, t in zip(views, tensors, strict=False)], *tensors[len(views) :])
+
+
+def _viewed(pointers: list[Any], views: tuple[Any, ...]) -> list[Any]:
+    """The pointers, the leading ones as descriptors of what lies there."""
+    made = [view.known.get(pointer) or view.at(pointer) for view, pointer in zip(views, pointers, strict=False)]
+    return made + pointers[len(views) :]
+
+
 def _launch(
     kernel: _Launcher,
     found: dict[Any, Any],
@@ -166,15 +194,16 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
+    views: tuple[Any, ...] = (),
 ) -> Any:
-    """Launch from `found` or for the first time; `kind` stands in the key for others and options.
+    """Launch from `found` or for the first time; `kind` stands in the key for others, options and views.
 
     Returns:
         what was launched, as `found` holds it; None where Triton launched by itself.
     """
     jit = kernel.kernel
     if _is_own(jit):
-        jit[grid](*tensors, *others, **options)
+        jit[grid](*_given(tensors, views), *others, **options)
         return None
     active = driver.active
     device = active.get_current_device()
@@ -192,11 +221,12 @@ def _launch(
         key += tuple(t is not None and t.untyped_storage().size() <= _TWO_GIB for t in tensors)
     known = found.get(key)
     if known is None:
-        return _first(kernel, found, key, grid, tensors, others, options)
+        return _first(kernel, found, key, grid, _given(tensors, views), others, options)
     run, function, metadata, tail = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others, *tail)
+    given = _viewed(pointers, views) if views else pointers
+    run(x, y, z, stream, function, metadata, None, None, None, *given, *others, *tail)
     return known
 
 
@@ -205,7 +235,7 @@ def _first(
     found: dict[Any, Any],
     key: Any,
     grid: tuple[int, ...],
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Any:

@@ -128,5 +128,10 @@ def hopper_chosen(device: torch.device) -> bool:
         return False
     if choice == "hopper":
         return True
-    version = ".".join(triton.__version__.split(".")[:2])
-    return device.type == "cuda" and (torch.cuda.get_device_name(device), version) in HOPPER_PROVEN
+    return device.type == "cuda" and _gpu_and_triton(device) in HOPPER_PROVEN
+
+
+@functools.cache
+def _gpu_and_triton(device: torch.device) -> tuple[str, str]:
+    """As in HOPPER_PROVEN."""
+    return torch.cuda.get_device_name(device), ".".join(triton.__version__.split(".")[:2])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastformer.kernels.attention.backward_key import backward_key
 from fastformer.kernels.attention.backward_query import backward_query
-from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.call import Call, hopper_launchers
 from fastformer.kernels.attention.config import (
     backward_config,
     short_config,
@@ -100,7 +100,8 @@ def attention_backward(
             return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
         return backward_key, (programs,), others, {**call.constants, **config.options(target)}
 
-    if takes_short_backward(target_of(query.device), call) and not hopper_chosen(query.device):
+    chosen = hopper_chosen(query.device)
+    if takes_short_backward(target_of(query.device), call) and not chosen:
         if query.numel() or key.numel() or value.numel():
             call.launch(
                 ("short backward", grad_out.stride(), dl_strides, dq.stride(), dk.stride(), dv.stride()),
@@ -111,12 +112,9 @@ def attention_backward(
                 prepare_short,
             )  # fmt: skip
         return dq, dk, dv, delta
-    hopper = False
-    if hopper_chosen(query.device):
-        from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
-
-        hopper = hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq)
-    if (query.numel() or out.numel()) and not hopper:
+    if chosen and hopper_launchers().hopper_backward(call, out, lse, grad_out, grad_lse, delta, dq, dk, dv):
+        return dq, dk, dv, delta
+    if query.numel() or out.numel():
         call.launch(
             ("dQ", out.stride(), grad_out.stride(), dl_strides, dq.stride()),
             (
@@ -125,9 +123,7 @@ def attention_backward(
             ),
             prepare_query,
         )  # fmt: skip
-    if hopper_chosen(query.device):
-        hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
-    if (key.numel() or value.numel()) and not hopper:
+    if key.numel() or value.numel():
         call.launch(
             ("dK and dV", grad_out.stride(), dk.stride(), dv.stride()),
             (

@@ -4,6 +4,8 @@ Those numbers follow from shapes, strides, dtypes and options alone, so they are
 with them the launches are prepared: a training step repeats the same few calls in every layer.
 """
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,12 @@ _derived: dict[Any, dict[str, Any]] = {}
 def forget() -> None:
     """Derive and prepare anew from now on, as after a change of the tiles."""
     _derived.clear()
+
+
+@functools.cache
+def hopper_launchers() -> Any:
+    """The module of the Hopper kernels' launchers; imported where they are chosen."""
+    return importlib.import_module("fastformer.kernels.attention.hopper")
 
 
 class Call:
@@ -68,7 +76,7 @@ class Call:
     short_backward: bool
     wide: bool
     constants: dict[str, Any]
-    _launches: dict[Any, Prepared]
+    _launches: dict[Any, Any]
 
     def __init__(
         self,
@@ -134,6 +142,18 @@ class Call:
         if prepared is None:
             prepared = self._launches[key] = Prepared(*prepare())
         prepared(*tensors)
+
+    def once(self, name: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives for this kind of call, made once.
+
+        Args:
+            name: with whatever `make` depends on besides this call's own numbers.
+        """
+        try:
+            return self._launches[name]
+        except KeyError:
+            made = self._launches[name] = make()
+            return made
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(batch, head, token) strides of a tensor laid out like query."""

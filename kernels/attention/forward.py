@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.attention.call import Call
+from fastformer.kernels.attention.call import Call, hopper_launchers
 from fastformer.kernels.attention.config import forward_config, short_config, wide_constants
 from fastformer.kernels.attention.score import (
     LN2,
@@ -207,9 +207,7 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     """
     query, value = call.query, call.value
     if hopper_chosen(query.device):
-        from fastformer.kernels.attention.hopper import hopper_forward
-
-        results = hopper_forward(call)
+        results = hopper_launchers().hopper_forward(call)
         if results is not None:
             return results
     tokens = query.shape[0] if call.packed else 0

@@ -10,8 +10,7 @@ import torch
 
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.hopper import (
-    hopper_backward_key,
-    hopper_backward_query,
+    hopper_backward,
     hopper_forward,
 )
 from fastformer.kernels.targets import target_of
@@ -48,10 +47,8 @@ def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any])
     lse = torch.empty(rows, device="meta")
     out, dq, dk, dv = (call.empty_like(x) for x in (call.query, call.query, call.key, call.value))
     grad_lse = lse if rules else None
-    if not hopper_backward_query(call, out, lse, out, grad_lse, lse, dq):
-        raise AssertionError("the Hopper dQ kernel does not take this call")
-    if not hopper_backward_key(call, lse, lse, out, dk, dv):
-        raise AssertionError("the Hopper dK and dV kernel does not take this call")
+    if not hopper_backward(call, out, lse, out, grad_lse, lse, dq, dk, dv):
+        raise AssertionError("the Hopper kernels do not take this call")
 
 
 def cases() -> list[tuple[str, Callable[[], None]]]:
