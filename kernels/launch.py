@@ -108,11 +108,14 @@ class Prepared:
 
 class Bound(Prepared):
     """A prepared launch whose tensors have the same dtypes each time and are None in the same places, as the key under
-    which its owner keeps it says. While all of them lie on multiples of 16 bytes, as fresh tensors do, it needs no
-    look-up. It runs on the GPU of its first tensor, whichever is the current one.
+    which its owner keeps it says. It runs on the GPU of its first tensor, whichever is the current one.
+
+    Attributes:
+        launch: `launch(*tensors)`. While all of them lie on multiples of 16 bytes, as fresh tensors do, and nothing
+            else has changed since the last launch, it needs no look-up.
     """
 
-    __slots__ = ("last",)
+    __slots__ = ("launch",)
 
     def __init__(
         self,
@@ -123,42 +126,56 @@ class Bound(Prepared):
         views: tuple[Any, ...] = (),
     ) -> None:
         super().__init__(kernel, (*grid, 1, 1)[:3], others, options, views)
-        # Driver, device and switches at the last launch, and what it ran; never set on AMD, where the storages' sizes
-        # count as well.
-        self.last: tuple[Any, ...] | None = None
+        self.launch: Callable[..., None] = self
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        last = self.last
-        if last is not None and not bits & 15 and not _is_own(self.kernel.kernel):
-            driver_then, device_then, debug, mode, run, function, metadata, others = last
-            active = driver.active
-            device = active.get_current_device()
-            if (
-                active is driver_then
-                and device == device_then
-                and knobs.runtime.debug == debug
-                and knobs.compilation.instrumentation_mode == mode
-            ):
-                x, y, z = self.grid
-                stream = active.get_current_stream(device)
-                given = _viewed(pointers, self.views) if self.views else pointers
-                run(x, y, z, stream, function, metadata, None, None, None, *given, *others)
-                return
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.get_device()):
                 self._launch(tensors)
             return
         found = self._launch(tensors)
-        if found is not None and not bits & 15 and not _HIP:
-            active, (run, function, metadata, tail) = driver.active, found
-            switches = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-            ran = run, function, metadata, (*self.others, *tail)
-            self.last = (active, active.get_current_device(), *switches, *ran)
+        # Not on AMD, where the storages' sizes count as well.
+        if found is not None and not _HIP and not any(t is not None and t.data_ptr() & 15 for t in tensors):
+            run, function, metadata, tail = found
+            jit, active, runtime, compilation = self.kernel.kernel, driver.active, knobs.runtime, knobs.compilation
+            device, debug, mode = active.get_current_device(), runtime.debug, compilation.instrumentation_mode
+
+            def unchanged() -> bool:
+                return (
+                    driver.active is active
+                    and active.get_current_device() == device
+                    and runtime.debug == debug
+                    and compilation.instrumentation_mode == mode
+                    and not _is_own(jit)
+                )
+
+            build = _repeating(tuple(t is not None for t in tensors), len(self.views))
+            stream, others = functools.partial(active.get_current_stream, device), (*self.others, *tail)
+            run = functools.partial(run, *self.grid)
+            self.launch = build(self, unchanged, run, stream, function, metadata, others, self.views)
+
+
+@functools.cache
+def _repeating(given: tuple[bool, ...], viewed: int) -> Callable[..., Callable[..., None]]:
+    """What builds a `Bound`'s launch of tensors that are None where `given` is not, the first `viewed` of them as
+    descriptors: written out for them, since a loop over them costs as much as the launch."""
+    names = [f"t{place}" for place in range(len(given))]
+    addresses = [f"p{place}" if there else "None" for place, there in enumerate(given)]
+    addresses[:viewed] = [f"known[{place}](p{place}) or make[{place}](p{place})" for place in range(viewed)]
+    taken = [f"(p{place} := t{place}.data_ptr())" for place, there in enumerate(given) if there]
+    source = f"""
+def build(bound, unchanged, run, stream, function, metadata, others, views):
+    known, make = [view.known.get for view in views], [view.at for view in views]
+    def launch({", ".join(names)}):
+        if ({" | ".join(taken)}) & 15 or not unchanged():
+            return bound({", ".join(names)})
+        run(stream(), function, metadata, None, None, None, {", ".join(addresses)}, *others)
+    return launch
+"""
+    found: dict[str, Any] = {}
+    exec(source, found)
+    return found["build"]
 
 
 def _is_own(jit: Any) -> bool:
@@ -178,12 +195,6 @@ def _is_own(jit: Any) -> bool:
 def _given(tensors: tuple[Tensor | None, ...], views: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tensors, the leading ones as their views."""
     return (*[view(t) for view, t in zip(views, tensors, strict=False)], *tensors[len(views) :])
-
-
-def _viewed(pointers: list[Any], views: tuple[Any, ...]) -> list[Any]:
-    """The pointers, the leading ones as descriptors of what lies there."""
-    made = [view.known.get(pointer) or view.at(pointer) for view, pointer in zip(views, pointers, strict=False)]
-    return made + pointers[len(views) :]
 
 
 def _launch(
@@ -225,8 +236,8 @@ def _launch(
     run, function, metadata, tail = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
-    given = _viewed(pointers, views) if views else pointers
-    run(x, y, z, stream, function, metadata, None, None, None, *given, *others, *tail)
+    made = [view.known.get(pointer) or view.at(pointer) for view, pointer in zip(views, pointers, strict=False)]
+    run(x, y, z, stream, function, metadata, None, None, None, *made, *pointers[len(made) :], *others, *tail)
     return known
 
 

@@ -8,19 +8,30 @@
 namespace fastformer::bpe::FASTFORMER_ISA {
 
 #if !defined(FASTFORMER_ISA_PROBE)
-// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
-inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t readable) {
-    return n <= ShortCache::Key::kBytes ? ShortCache::Key::of(p, n, readable) : ShortCache::Key::none();
-}
+using ShortHash = MixHash;
 
-// The ids beside the key in a line of two entries, or null. Which of the two it is nobody can predict, whether it is one
-// of them nearly always.
-inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
-    bool first = line[0].key == key, second = line[1].key == key;
-    const uint32_t* ids = first ? line[0].ids : line[1].ids;
+// The key of the n bytes at p, of which at least `readable` may be read; of more than fit, one that no entry has.
+inline ShortKey short_key(const uint8_t* p, size_t n, size_t readable) { return ShortKey::of(p, n, readable); }
+
+// The ids beside the key in a line, or null. Which of the two it is nobody can predict, whether it is one of them nearly
+// always.
+inline const uint32_t* probe(const ShortLine* line, const ShortKey& key) {
+    bool first = line->keys[0] == key, second = line->keys[1] == key;
+    const uint32_t* ids = line->ids[first ? 0 : 1];
     return first | second ? ids : nullptr;
 }
 #endif
+// Writes all four of the ids, whatever their count, and returns where they end.
+inline uint32_t* put(const uint32_t* ids, uint32_t* to) {
+    size_t count = (ids[0] >> kCountShift) + 1;
+    uint32_t four[4];
+    std::memcpy(four, ids, sizeof four);
+    for (uint32_t& id : four) id &= kIdMask;
+    std::memcpy(to, four, sizeof four);
+    return to + count;
+}
+
+using ShortCache = Cache<2, 4, 19, ShortHash>;  // 32 MB
 
 class Coder final : public Encoder {
   public:
@@ -46,16 +57,29 @@ class Coder final : public Encoder {
         uint32_t ids[ShortCache::kIds];
     };
     struct Batch {
-        size_t size, missed;
-        bool grown;  // by a pretoken of uncommon length
+        size_t size;
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
-        ShortCache::Key keys[kBatch];
-        const ShortCache::Entry* lines[kBatch];  // where the short cache may have them; until it is written to
+        ShortKey keys[kBatch];
+        const ShortLine* lines[kBatch];  // where the short cache may have them
+        uint32_t long_ones[kBatch + 1];  // those that it cannot have, and then anything
+    };
+    // What is done about the part of a batch that begins with a pretoken that no cache holds.
+    struct Work {
+        size_t missed;
+        bool grown;  // by a pretoken of uncommon length
         Slot slots[kBatch];
-        uint32_t long_ones[kBatch + 1], misses[kBatch];
+        uint32_t misses[kBatch];
         Lanes::Job jobs[kBatch];
         Lanes lanes;
+        Batch batch;
+    };
+    // Pretokens still to be looked up, from `start` on.
+    struct Stops {
+        const uint32_t* stops;
+        size_t count, done;
+        uint32_t start;
+        bool plain;  // none is empty
     };
     // Where texts that stand side by side end, and how many ids each became.
     struct Marks {
@@ -74,13 +98,15 @@ class Coder final : public Encoder {
 
     void seed();
     void trim();
+    void take(Batch& batch, const uint8_t* text, Stops& left) const;
     size_t cut(Batch& batch, const uint8_t* text, const uint32_t* ends, size_t count) const;
-    void ask(Batch& batch, const uint8_t* text, size_t n);
+    void ask(Batch& batch, const uint8_t* text, size_t n) const;
+    template <bool marked>
     size_t emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks);
-    const uint32_t* find(const Batch& batch, size_t i, const uint8_t* text, size_t n) const;
-    void find_rest(Batch& batch, size_t from, const uint8_t* text, size_t n);
-    void merge_missed(Batch& batch, const uint8_t* text, size_t n);
-    void finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count);
+    const uint32_t* find(const Batch& batch, size_t i, const uint8_t* text, size_t n);
+    void find_rest(const Batch& batch, size_t from, const uint8_t* text, size_t n);
+    void merge_missed(const Batch& batch, const uint8_t* text, size_t n);
+    void finish(const Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count);
     void spill(Slot& slot, const uint32_t* ids, size_t count);
     void emit_rest(const Batch& batch, size_t from, IdBuffer& out, Marks* marks);
     void look_up(const uint8_t* text, size_t n, const uint32_t* stops, size_t count, bool plain, IdBuffer& out,
@@ -89,10 +115,10 @@ class Coder final : public Encoder {
     void merge_windows(const uint8_t* p, size_t n, IdBuffer& out);
     bool valid_pair(uint32_t left, uint32_t right);
 
-    // Entries for `count` keys at a load of a half at most; the cache grows fourfold where text brings as many again.
+    // Lines for `count` keys at a load of a half at most; the cache grows fourfold where text brings as many again.
     static int table_bits(size_t count) {
-        int bits = 10;
-        while ((size_t{1} << bits) < 2 * count) bits++;
+        int bits = 9;
+        while ((size_t{1} << bits) < count) bits++;
         return bits;
     }
 
@@ -100,7 +126,7 @@ class Coder final : public Encoder {
     ShortCache short_;
     MiddleCache middle_;
     LongCache long_;
-    std::unique_ptr<Batch> batch_;
+    std::unique_ptr<Work> work_;
     IdBuffer spill_, whole_;
     std::vector<uint8_t> joined_;  // short texts side by side
     std::vector<uint32_t> stops_, parts_;
@@ -108,8 +134,8 @@ class Coder final : public Encoder {
 };
 
 inline Coder::Coder(const Vocab& vocab)
-    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(8), long_(6), batch_(new Batch) {
-    batch_->grown = false;
+    : vocab_(vocab), short_(table_bits(vocab.size())), middle_(7), long_(6), work_(new Work) {
+    work_->grown = false;
     seed();
 }
 
@@ -117,20 +143,19 @@ inline Coder::Coder(const Vocab& vocab)
 // into one place the lower ones stay.
 inline void Coder::seed() {
     constexpr uint32_t kStep = 64;
-    ShortCache::Key keys[kStep];
-    uint64_t hashes[kStep];
+    ShortKey keys[kStep];
     uint32_t ids[kStep];
     for (uint32_t token = static_cast<uint32_t>(vocab_.size()); token > 0;) {
         uint32_t group = 0;
         while (token > 0 && group < kStep) {
             Span s = vocab_.bytes_of_token(--token);
-            if (s.size > ShortCache::Key::kBytes || !vocab_.is_piece(token)) continue;
-            keys[group] = ShortCache::Key::of(s.data, s.size, vocab_.readable(s));
-            hashes[group] = keys[group].hash();
-            short_.prefetch(hashes[group]);
+            // Bytes that no text has mean something else in a key.
+            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token) || *std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
+            keys[group] = short_key(s.data, s.size, vocab_.readable(s));
+            short_.prefetch(keys[group]);
             ids[group++] = vocab_.external(token);
         }
-        for (uint32_t i = 0; i < group; i++) short_.store(keys[i], hashes[i], &ids[i], 1);
+        for (uint32_t i = 0; i < group; i++) short_.store(keys[i], &ids[i], 1);
     }
 }
 
@@ -188,229 +213,12 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
     }
 }
 
-// Appends the ids of the `count` pretokens that end at stops[1], stops[2], …, the first of which begins at stops[0];
-// `plain`: none is empty.
-inline void Coder::look_up(const uint8_t* text, size_t n, const uint32_t* stops, size_t count, bool plain, IdBuffer& out,
-                           Marks* marks) {
-    if (!count) return;
-    // Where no character has three bytes, nothing is to be cut.
-    uint8_t highest = 0;
-    for (size_t i = stops[0]; i < stops[count]; i++) highest = std::max(highest, text[i]);
-    Batch& batch = *batch_;
-    uint32_t start = stops[0];
-    for (size_t done = 0; done < count; start = batch.stops[batch.size]) {
-        if (plain && highest < 0xE0) {
-            batch.stops = stops + done;
-            batch.size = std::min(kBatch, count - done);
-            done += batch.size;
-        } else {
-            batch.own_stops[0] = start;
-            batch.stops = batch.own_stops;
-            done += cut(batch, text, stops + 1 + done, count - done);
-        }
-        ask(batch, text, n);
-        size_t found = emit_found(batch, text, n, out, marks);
-        if (found == batch.size) continue;
-        find_rest(batch, found, text, n);
-        merge_missed(batch, text, n);
-        emit_rest(batch, found, out, marks);
-        if (std::exchange(batch.grown, false)) trim();
-    }
-}
-
 // A pretoken of megabytes leaves nothing of its size behind.
 inline void Coder::trim() {
     constexpr size_t kKept = size_t{1} << 18;
     spill_.reset(kKept);
     whole_.reset(kKept);
     if (parts_.capacity() > kKept) std::vector<uint32_t>().swap(parts_);
-}
-
-// Fills the batch with pretokens from own_stops[0] on, cut between characters of three bytes that no token joins. Returns
-// how many of the `ends` are in it to the last byte.
-inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends, size_t count) const {
-    const Joints& joints = vocab_.joints();
-    size_t size = 0, next = 0, at = batch.own_stops[0];
-    while (size < kBatch && next < count) {
-        size_t end = ends[next];
-        // Whether the last two characters may have three bytes each: a cut is worth looking for.
-        if (end >= at + 6 && text[end - 1] >= 0x80 && text[end - 3] >= 0xE0 && text[end - 6] >= 0xE0) {
-            uint32_t last = 0;
-            while (at + 3 <= end && size < kBatch) {
-                uint8_t lead = text[at];
-                if (lead >= 0xE0 && lead < 0xF0) {
-                    uint32_t point = (lead & 15u) << 12 | (text[at + 1] & 63u) << 6 | (text[at + 2] & 63u);
-                    batch.own_stops[size + 1] = static_cast<uint32_t>(at);
-                    size += last && !joints.joined(last, point);
-                    last = point;
-                    at += 3;
-                } else {
-                    last = 0;
-                    at += lead < 0x80 ? 1 : lead < 0xE0 ? 2 : 4;
-                }
-            }
-            if (size == kBatch) break;
-        }
-        batch.own_stops[size + 1] = static_cast<uint32_t>(end);
-        size += end != batch.own_stops[size];
-        at = end;
-        next++;
-    }
-    batch.size = size;
-    return next;
-}
-
-// The keys of the batch; asks for their places in the caches.
-inline void Coder::ask(Batch& batch, const uint8_t* text, size_t n) {
-    size_t longs = 0;
-    for (size_t i = 0; i < batch.size; i++) {
-        size_t at = batch.stops[i], length = batch.stops[i + 1] - at;
-        batch.long_ones[longs] = static_cast<uint32_t>(i);
-        longs += length > ShortCache::Key::kBytes;
-        ShortCache::Key key = short_key(text + at, length, n - at);
-        const ShortCache::Entry* line = short_.line(key.hash());
-        batch.keys[i] = key;
-        batch.lines[i] = line;
-        fetch(line);
-    }
-    for (size_t k = 0; k < longs; k++) {
-        size_t i = batch.long_ones[k], at = batch.stops[i], length = batch.stops[i + 1] - at;
-        if (length <= MiddleCache::Key::kBytes)
-            middle_.prefetch(MiddleCache::Key::of(text + at, length, n - at).hash());
-        else if (length <= LongCache::Key::kBytes)
-            long_.prefetch(LongCache::Key::of(text + at, length, n - at).hash());
-    }
-}
-
-// The ids of pretoken i, which the short cache has not, or null. What has more ids than fit beside a key of its length
-// is held by the next larger cache.
-inline const uint32_t* Coder::find(const Batch& batch, size_t i, const uint8_t* text, size_t n) const {
-    size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
-    const uint32_t* ids = nullptr;
-    if (length <= MiddleCache::Key::kBytes && length > ShortCache::kIds) {
-        MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-        ids = middle_.find(key, key.hash());
-    }
-    if (!ids && length <= LongCache::Key::kBytes && length > MiddleCache::kIds) {
-        LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        ids = long_.find(key, key.hash());
-    }
-    return ids;
-}
-
-// Appends the ids of the batch up to the first pretoken that no cache holds, and returns its place.
-inline size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBuffer& out, Marks* marks) {
-    uint32_t* first = out.room(LongCache::kIds * batch.size);
-    uint32_t* to = first;
-    size_t i = 0, before = out.size();
-    for (; i < batch.size; i++) {
-        if (marks) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
-        const uint32_t* ids = probe(batch.lines[i], batch.keys[i]);
-        if (ids) [[likely]] {
-            uint32_t head = ids[0];
-            std::memcpy(to, ids, sizeof(Slot));  // all of them, whatever their count
-            to[0] = head & kIdMask;
-            to += (head >> kCountShift) + 1;
-            continue;
-        }
-        ids = find(batch, i, text, n);
-        if (!ids) break;
-        uint32_t count = (ids[0] >> kCountShift) + 1;
-        std::copy_n(ids, count, to);
-        to[0] &= kIdMask;
-        to += count;
-    }
-    out.add(static_cast<size_t>(to - first));
-    return i;
-}
-
-// Looks up what the batch holds from `from` on; what no cache holds goes to the list of the missed.
-inline void Coder::find_rest(Batch& batch, size_t from, const uint8_t* text, size_t n) {
-    size_t missed = 0;
-    spill_.resize(0);
-    for (size_t i = from; i < batch.size; i++) {
-        if (const uint32_t* ids = probe(batch.lines[i], batch.keys[i])) {
-            std::memcpy(&batch.slots[i], ids, sizeof(Slot));
-        } else if ((ids = find(batch, i, text, n))) {
-            size_t count = (ids[0] >> kCountShift) + 1;
-            spill(batch.slots[i], ids, count);
-            spill_.data()[spill_.size() - count] &= kIdMask;
-        } else {
-            batch.misses[missed++] = static_cast<uint32_t>(i);
-        }
-    }
-    batch.missed = missed;
-}
-
-inline void Coder::merge_missed(Batch& batch, const uint8_t* text, size_t n) {
-    size_t jobs = 0;
-    bool ask_whole = !vocab_.monotone() || !vocab_.all_reachable();
-    for (size_t k = 0; k < batch.missed; k++) {
-        uint32_t i = batch.misses[k], start = batch.stops[i], length = batch.stops[i + 1] - start;
-        uint32_t whole = ask_whole ? vocab_.find_piece(text + start, length) : kNone;
-        if (whole != kNone) {
-            uint32_t id = vocab_.external(whole);
-            finish(batch, i, text, n, &id, 1);
-        } else if (length <= Lanes::kLongest) {
-            batch.jobs[jobs++] = {text + start, length, i};
-        } else {
-            whole_.resize(0);
-            encode_piece(text + start, length, whole_);
-            finish(batch, i, text, n, whole_.data(), whole_.size());
-            batch.grown |= length > kScanned;
-        }
-    }
-    batch.lanes.run(vocab_.pairs(), batch.jobs, jobs, [&](uint32_t i, uint32_t* tokens, size_t count) {
-        for (size_t k = 0; k < count; k++) tokens[k] = vocab_.external(tokens[k]);
-        finish(batch, i, text, n, tokens, count);
-    });
-}
-
-// Notes what pretoken i became, here and in the cache that can hold it.
-inline void Coder::finish(Batch& batch, size_t i, const uint8_t* text, size_t n, const uint32_t* ids, size_t count) {
-    size_t start = batch.stops[i], length = batch.stops[i + 1] - start;
-    if (count <= ShortCache::kIds) {
-        std::copy_n(ids, count, batch.slots[i].ids);
-        batch.slots[i].ids[0] |= static_cast<uint32_t>(count - 1) << kCountShift;
-    } else {
-        spill(batch.slots[i], ids, count);
-    }
-    if (length <= ShortCache::Key::kBytes && count <= ShortCache::kIds) {
-        short_.store(batch.keys[i], batch.keys[i].hash(), ids, count);
-    } else if (length <= MiddleCache::Key::kBytes && count <= MiddleCache::kIds) {
-        MiddleCache::Key key = MiddleCache::Key::of(text + start, length, n - start);
-        middle_.store(key, key.hash(), ids, count);
-    } else if (length <= LongCache::Key::kBytes && count <= LongCache::kIds) {
-        LongCache::Key key = LongCache::Key::of(text + start, length, n - start);
-        long_.store(key, key.hash(), ids, count);
-    }
-}
-
-inline void Coder::spill(Slot& slot, const uint32_t* ids, size_t count) {
-    slot.ids[0] = kElsewhere << kCountShift;
-    slot.ids[1] = static_cast<uint32_t>(spill_.size());
-    slot.ids[2] = static_cast<uint32_t>(count);
-    std::copy_n(ids, count, spill_.room(count));
-    spill_.add(count);
-}
-
-// Appends the ids of the batch from `from` on and, with `marks`, tells where texts end among them.
-inline void Coder::emit_rest(const Batch& batch, size_t from, IdBuffer& out, Marks* marks) {
-    uint32_t* to = out.room(ShortCache::kIds * batch.size + spill_.size());
-    for (size_t i = from; i < batch.size; i++) {
-        if (marks) marks->pass(batch.stops[i], out.size() + static_cast<size_t>(to - out.end()));
-        const Slot& slot = batch.slots[i];
-        uint32_t count = (slot.ids[0] >> kCountShift) + 1;
-        if (count <= ShortCache::kIds) {
-            uint32_t head = slot.ids[0];
-            std::memcpy(to, slot.ids, sizeof slot);
-            to[0] = head & kIdMask;
-            to += count;
-        } else {
-            to = std::copy_n(spill_.data() + slot.ids[1], slot.ids[2], to);
-        }
-    }
-    out.add(static_cast<size_t>(to - out.end()));
 }
 
 }  // namespace fastformer::bpe::FASTFORMER_ISA

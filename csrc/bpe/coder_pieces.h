@@ -32,7 +32,7 @@ inline void Coder::merge(const uint8_t* p, size_t n) {
         return;
     }
     Lanes::Job job{p, static_cast<uint32_t>(n), 0};
-    batch_->lanes.run(vocab_.pairs(), &job, 1, [&](uint32_t, const uint32_t* tokens, size_t count) {
+    work_->lanes.run(vocab_.pairs(), &job, 1, [&](uint32_t, const uint32_t* tokens, size_t count) {
         parts_.assign(tokens, tokens + count);
     });
 }

@@ -77,7 +77,7 @@ class Boundaries {
         uint64_t other_space = space & ~newline;
         uint64_t punct_start = punct & ~tail & ~after_punct & ~after_blank;
         uint64_t starts = punct_start | (space & ~after_space);
-        Before now;
+        uint64_t in_character = 0, in_lines = 0, groups = 0, clear = 0;
         if constexpr (kIsGpt2) {
             uint64_t after_number = shifted(number, before_.number);
             starts |= ((letter & ~after_letter) | (number & ~after_number)) & ~tail & ~after_blank;
@@ -86,14 +86,15 @@ class Boundaries {
             // A character in front of letters, where it is a pretoken's first, belongs to them.
             uint64_t follow = shifted(punct_start, before_.punct_start) | before_.in_character;
             uint64_t past = tail + follow;
-            now.in_character = past < follow;
+            in_character = past < follow;
             uint64_t after_other = shifted(other_space, before_.space & ~before_.newline);
             starts |= letter & ~tail & ~after_letter & ~after_other & ~(past & ~tail);
             if constexpr (kIsO200k) starts |= upper & ~tail & shifted(lower, before_.lower);
-            starts |= numbers(number, tail, now);
+            groups = numbers(number, tail);
+            starts |= groups;
             // Newlines after punctuation belong to it; what white space follows them is a new pretoken.
             uint64_t first = newline & (after_punct | before_.in_lines), ends = newline + first;
-            now.in_lines = ends < newline;
+            in_lines = ends < newline;
             uint64_t absorbed = newline & ~ends, behind = (ends & ~newline) | (before_.in_lines & ~newline);
             if (kIsO200k && (behind & w_.slash[i])) return false;
             starts &= ~absorbed;
@@ -112,28 +113,30 @@ class Boundaries {
         if constexpr (kIsO200k) quotes = w_.quote[i] & after_letter & keep;
         starts &= ~before_.clear;
         starts_[i] |= starts;
-        if (quotes) contractions(i, quotes, now);
-        now.letter = letter, now.number = number, now.space = space, now.punct = punct, now.newline = newline;
-        now.blank = blank, now.lower = lower, now.other = other, now.punct_start = punct_start;
-        before_ = now;
+        if (quotes) clear = contractions(i, quotes);
+        // One by one: a copy of the whole would read in wide words what was just written in narrow ones.
+        before_.letter = letter, before_.number = number, before_.space = space, before_.punct = punct;
+        before_.newline = newline, before_.blank = blank, before_.lower = lower, before_.other = other;
+        before_.punct_start = punct_start, before_.groups = groups, before_.clear = clear;
+        before_.in_character = in_character, before_.in_lines = in_lines;
         return true;
     }
 
     // Where pretokens of digits begin.
-    uint64_t numbers(uint64_t number, uint64_t tail, Before& now) const {
+    uint64_t numbers(uint64_t number, uint64_t tail) const {
         if constexpr (kDigits == 1) return number & ~tail;
         uint64_t one = shifted(number, before_.number), first = number & ~one;
         uint64_t fourth = number & one & shifted(number, before_.number, 2) & shifted(number, before_.number, 3);
         uint64_t groups = first | (before_.groups >> 61 & fourth);
         if (fourth)
             for (uint64_t more; (more = groups << 3 & fourth & ~groups);) groups |= more;
-        now.groups = groups;
         return groups;
     }
 
     // Contractions at the apostrophes of word i. They end where no other rule sees a start, and for GPT-2 and o200k
-    // begin or hold one that is none.
-    void contractions(size_t i, uint64_t quotes, Before& now) {
+    // begin or hold one that is none; returns which in the next word are none.
+    uint64_t contractions(size_t i, uint64_t quotes) {
+        uint64_t clear = 0;
         for (; quotes; quotes &= quotes - 1) {
             size_t at = 64 * i + static_cast<size_t>(std::countr_zero(quotes));
             if (kIsO200k && at == contraction_end_) continue;
@@ -143,10 +146,11 @@ class Boundaries {
             if constexpr (kIsGpt2 || kIsO200k)
                 for (size_t k = kIsGpt2 ? at + 1 : at; k < at + length; k++) {
                     starts_[k / 64] &= ~(uint64_t{1} << (k & 63));
-                    if (k / 64 > i) now.clear |= uint64_t{1} << (k & 63);
+                    if (k / 64 > i) clear |= uint64_t{1} << (k & 63);
                 }
             set(at + length);
         }
+        return clear;
     }
 
     // The last start from which on to walk if the bits are known up to `limit`: white space and contractions look

@@ -15,13 +15,14 @@ Isa detect() {
 #if defined(__x86_64__) && defined(__GNUC__)
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27)) || !(c & (1u << 28))) return Isa::kScalar;
+    bool aes = c & (1u << 25);
     unsigned state, high;
     __asm__ volatile("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
     if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::kScalar;
     // With AVX2 came BMI and BMI2, on some virtual machines without.
     bool avx2 = (b & (1u << 5)) && (b & (1u << 3)) && (b & (1u << 8));
-    // F, BW, VL, VBMI, VBMI2, and the registers.
-    bool avx512 = avx2 && (b & (1u << 16)) && (b & (1u << 30)) && (b & (1u << 31)) && (c & (1u << 1)) && (c & (1u << 6)) &&
+    // F, BW, VL, VBMI, VBMI2, AES, and the registers.
+    bool avx512 = avx2 && aes && (b & (1u << 16)) && (b & (1u << 30)) && (b & (1u << 31)) && (c & (1u << 1)) && (c & (1u << 6)) &&
                   (state & 0xE0) == 0xE0;
     return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #elif defined(__aarch64__) && defined(__GNUC__)

@@ -5,6 +5,7 @@ the kernels take it, its tensors as TMA sees them, the numbers. Descriptors are 
 same ones again. Their 128-byte form is encoded by Triton's own launcher at every launch: it keeps none, and takes none.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastformer.kernels.attention import hopper_backward_query as by_query
 from fastformer.kernels.attention import hopper_forward as by_rows
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.launch import Bound, launcher
-from fastformer.kernels.rows import cdiv
+from fastformer.kernels.rows import cdiv, dense_strides
 
 BLOCK = 128  # query rows of a program
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
@@ -42,6 +43,11 @@ _VECTOR = NVMMASharedLayout(0, 32, 1)
 forward_kernel = launcher(by_rows.forward_kernel)
 backward_query_kernel = launcher(by_query.backward_query_kernel)
 backward_key_kernel = launcher(by_key.backward_key_kernel)
+
+
+Layout = tuple[int, ...]  # strides of a tensor
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class _Address:
@@ -124,13 +130,14 @@ class _Plane:
         return _View(TensorDescriptor(self.tensor, self.shape, [self.pitch, 1], block, _LAYOUT))
 
 
-def _vector(x: Tensor, rows: int) -> _View:
-    """Tiles of a contiguous tensor of one number a row."""
-    return _View(TensorDescriptor(x, [x.numel()], [1], [rows], _VECTOR))
+def _row_view(call: Call, rows: int) -> _View:
+    """LSE or delta, in tiles of so many numbers."""
+    like = torch.empty(4, dtype=torch.float32, device=call.query.device)
+    return _View(TensorDescriptor(like, [call.query[..., 0].numel()], [1], [rows], _VECTOR))
 
 
-def _planes(call: Call, *more: Tensor) -> list[_Plane] | None:
-    """Query, key, value and more tensors like the query, or None for a call that the kernels do not take."""
+def _planes(call: Call, *more: Layout) -> list[_Plane] | None:
+    """Query, key, value, and like the query `more` with these strides; None for a call that the kernels do not take."""
     rules = call.mask is not None or call.slopes is not None or call.sinks is not None or call.constants["DROPOUT"]
     if rules or call.head_dim != call.value_dim or call.head_dim not in FORWARD:
         return None
@@ -140,7 +147,8 @@ def _planes(call: Call, *more: Tensor) -> list[_Plane] | None:
     if not (call.query.numel() and call.key.numel()):
         return None
     try:
-        return [_Plane(x, call.strides(x)) for x in (call.query, call.key, call.value, *more)]
+        given = [_Plane(x, call.strides(x)) for x in (call.query, call.key, call.value)]
+        return given + [_Plane(call.query, call.along(strides)) for strides in more]
     except ValueError:
         return None
 
@@ -148,11 +156,6 @@ def _planes(call: Call, *more: Tensor) -> list[_Plane] | None:
 def _constants(call: Call) -> dict[str, Any]:
     names = ("GROUP", "BOTTOM_RIGHT", "CAUSAL", "LEFT", "RIGHT", "SOFTCAP", "HEAD_DIM")
     return {name: call.constants[name] for name in names} | {"num_warps": 4}
-
-
-def _rows(call: Call) -> tuple[int, int]:
-    """(batch, head) strides of the LSE and of delta."""
-    return (0, call.query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
 
 
 def _order(call: Call) -> tuple[int, int, int]:
@@ -163,98 +166,90 @@ def _order(call: Call) -> tuple[int, int, int]:
     return tiles, planes, min(section, planes)
 
 
-def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE as `attention_forward` returns them, or None for a call that these kernels do not take: masks,
-    ALiBi, sinks, dropout, other dtypes or head dimensions, memory that TMA cannot address."""
-    query = call.query
-    tokens = query.shape[0] if call.packed else 0
-
-    def prepare() -> Bound | None:
-        planes = _planes(call)
-        if planes is None:
-            return None
-        block_n, stages = FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
-        tiles, count, section = _order(call)
-        q, k, v = planes
-        numbers = (
-            *q.steps, *k.steps, *v.steps, *call.strides(call.empty_like(query)), *_rows(call), tiles, call.heads,
-            count, section, call.q_len, call.k_len, tokens, *call.scales, call.left, call.right,
-        )  # fmt: skip
-        constants = {**_constants(call), "BLOCK_N": block_n, "STAGES": stages}
-        views = (q.view(BLOCK), k.view(block_n), v.view(block_n))
-        return Bound(forward_kernel, (tiles * count,), numbers, constants, views)
-
-    key, value = call.key, call.value
-    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15:
-        return None
-    launch = call.once(forward_kernel, prepare)
-    if launch is None:
-        return None
-    out = call.empty_like(query)
-    rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-    launch(query, key, value, out, lse, call.cu_q, call.cu_k)
-    return out, lse
-
-
-def hopper_backward(
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    delta: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> bool:
-    """Fills delta, dq, dk and dv, or answers False for a call that these kernels do not take.
+def bind_forward(call: Call, portable: Forward | None) -> Forward | None:
+    """`attention_forward` by these kernels, as a function of `Call.tensors`; `portable` for calls that they do not
+    take: masks, ALiBi, sinks, dropout, other dtypes or head dimensions, memory that TMA cannot address.
 
     Args:
-        out, lse: as the forward kernel leaves them; lse and delta contiguous. grad_out: like the output.
-        grad_lse: like lse, any strides, or None.
+        portable: the same by the portable kernels; it also runs where a tensor does not begin at 16 bytes.
     """
-    dl_strides: tuple[int, ...] = (0, 0, 0)
-    if grad_lse is not None:
-        dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
-
-    def prepare() -> tuple[Bound, Bound] | None:
-        planes = _planes(call, grad_out)
-        # dK and dV are addressed alike; offsets within a tile are 32-bit.
-        if planes is None or lse.numel() >= 2**31 or dk.stride() != dv.stride():
-            return None
-        if BLOCK * max(stride for x in (out, dq, dk) for stride in x.stride()[-3:-1]) >= 2**31:
-            return None
-        return (
-            _prepare_query(call, planes, out, dl_strides, dq),
-            _prepare_key(call, planes, lse, delta, dk),
-        )
-
-    query, key, value = call.query, call.key, call.value
-    addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | grad_out.data_ptr()
-    if (addresses | lse.data_ptr() | delta.data_ptr()) & 15:
-        return False
-    launches = call.once(
-        (
-            backward_query_kernel, backward_key_kernel, out.stride(), grad_out.stride(), grad_lse is None, dl_strides,
-            dq.stride(), dk.stride(), dv.stride(),
-        ),
-        prepare,
+    planes = _planes(call)
+    if planes is None:
+        return portable
+    device, dtype = call.query.device, call.query.dtype
+    tokens = call.query.shape[0] if call.packed else 0
+    shape, laid = call.layout_like(call.query)
+    rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
+    row_strides = dense_strides(rows)
+    block_n, stages = FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
+    tiles, count, section = _order(call)
+    q, k, v = planes
+    numbers = (
+        *q.steps, *k.steps, *v.steps, *call.along(laid), *call.row_strides(), tiles, call.heads, count, section,
+        call.q_len, call.k_len, tokens, *call.scales, call.left, call.right,
     )  # fmt: skip
-    if launches is None:
-        return False
-    by_query, by_key = launches
-    by_query(query, key, value, grad_out, out, lse, grad_lse, delta, dq, call.cu_q, call.cu_k)
-    by_key(query, key, value, grad_out, lse, delta, dk, dv, call.cu_q, call.cu_k)
-    return True
+    constants = {**_constants(call), "BLOCK_N": block_n, "STAGES": stages}
+    views = (q.view(BLOCK), k.view(block_n), v.view(block_n))
+    bound = Bound(forward_kernel, (tiles * count,), numbers, constants, views)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 and portable is not None:
+            return portable(query, key, value, cu_q, cu_k, *others)
+        out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
+        lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
+        bound.launch(query, key, value, out, lse, cu_q, cu_k)
+        return out, lse
+
+    return run
 
 
-def _prepare_query(call: Call, planes: list[_Plane], out: Tensor, dl_strides: tuple[int, ...], dq: Tensor) -> Bound:
+def bind_backward(
+    call: Call, portable: Backward | None, out: Layout, grad_out: Layout, grad_lse: Layout | None, *into: Layout
+) -> Backward | None:
+    """`attention_backward` by these kernels, as a function of `Call.tensors`, the output, the LSE, their gradients and
+    `into`; `portable` for calls that they do not take.
+
+    Args:
+        portable: the same by the portable kernels; it also runs where a tensor does not begin at 16 bytes.
+        out, grad_out, grad_lse, into: strides of the output, of the gradients, of dQ, dK, dV if they are given.
+    """
+    planes = _planes(call, grad_out)
+    device, dtype = call.query.device, call.query.dtype
+    made = [call.layout_like(x) for x in (call.query, call.key, call.value)]
+    dq, dk, dv = into or [strides for _, strides in made]
+    # dK and dV are addressed alike; offsets within a tile are 32-bit.
+    far = BLOCK * max(stride for strides in (out, dq, dk) for stride in strides[-3:-1]) >= 2**31
+    if planes is None or dk != dv or far or call.query[..., 0].numel() >= 2**31:
+        return portable
+    by_query, by_key = _by_query(call, planes, out, grad_lse, dq), _by_key(call, planes, dk)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
+        slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
+        grad_lse: Tensor | None, into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | grad_out.data_ptr() | lse.data_ptr()
+        if addresses & 15 and portable is not None:
+            biases = (mask, slopes, sinks, seed)
+            return portable(query, key, value, cu_q, cu_k, *biases, out, lse, grad_out, grad_lse, into)
+        dq, dk, dv = into or [torch.empty_strided(*where, dtype=dtype, device=device) for where in made]
+        delta = torch.empty_like(lse)
+        by_query.launch(query, key, value, grad_out, out, lse, grad_lse, delta, dq, cu_q, cu_k)
+        by_key.launch(query, key, value, grad_out, lse, delta, dk, dv, cu_q, cu_k)
+        return dq, dk, dv, delta
+
+    return run
+
+
+def _by_query(call: Call, planes: list[_Plane], out: Layout, grad_lse: Layout | None, dq: Layout) -> Bound:
     block_n, slots = QUERY[call.head_dim]
     tiles, count, section = _order(call)
+    dl_strides = (0, 0, 0) if grad_lse is None else (0, *grad_lse) if call.packed else grad_lse
     q, k, v, do = planes
     numbers = (
-        *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out), *call.strides(dq), *_rows(call), *dl_strides,
+        *q.steps, *k.steps, *v.steps, *do.steps, *call.along(out), *call.along(dq), *call.row_strides(), *dl_strides,
         tiles, call.heads, count, section, call.q_len, call.k_len, call.query.shape[0] if call.packed else 0,
         call.scale, *call.scales, call.left, call.right,
     )  # fmt: skip
@@ -263,19 +258,17 @@ def _prepare_query(call: Call, planes: list[_Plane], out: Tensor, dl_strides: tu
     return Bound(backward_query_kernel, (tiles * count,), numbers, constants, views)
 
 
-def _prepare_key(call: Call, planes: list[_Plane], lse: Tensor, delta: Tensor, dk: Tensor) -> Bound:
+def _by_key(call: Call, planes: list[_Plane], dk: Layout) -> Bound:
     block_m, stages = (NARROW_KEY if call.constants["SOFTCAP"] else KEY)[call.head_dim]
     block_n = BLOCK if call.head_dim <= 128 else BLOCK // 2
     tiles = max(1, cdiv(call.k_len, block_n))
     count = (call.batch + call.packed) * call.kv_heads
     q, k, v, do = planes
     numbers = (
-        *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(dk), *_rows(call), tiles, call.kv_heads, count,
+        *q.steps, *k.steps, *v.steps, *do.steps, *call.along(dk), *call.row_strides(), tiles, call.kv_heads, count,
         call.q_len, call.k_len, call.key.shape[0] if call.packed else 0, *call.scales, call.left, call.right,
     )  # fmt: skip
     constants = {**_constants(call), "BLOCK_M": block_m, "STAGES": stages}
-    views = (
-        q.view(block_m), k.view(block_n), v.view(block_n), do.view(block_m), _vector(lse, block_m),
-        _vector(delta, block_m),
-    )  # fmt: skip
+    row = _row_view(call, block_m)
+    views = (q.view(block_m), k.view(block_n), v.view(block_n), do.view(block_m), row, row)
     return Bound(backward_key_kernel, (tiles * count,), numbers, constants, views)

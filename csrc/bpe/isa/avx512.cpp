@@ -6,11 +6,11 @@
 
 #define FASTFORMER_ISA avx512
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,bmi,bmi2,popcnt"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,aes,bmi,bmi2,popcnt"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,bmi,bmi2,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,aes,bmi,bmi2,popcnt")
 #endif
 #include "bpe/scan_mapped.h"
 
@@ -79,24 +79,33 @@ inline uint32_t* places(uint64_t bits, uint32_t base, uint32_t* to) {
 
 namespace fastformer::bpe::avx512 {
 
+// Two rounds of AES: every bit of the key reaches every bit of the hash.
+struct ShortHash {
+    static uint64_t of(const ShortKey& key) {
+        const __m128i round = _mm_set_epi64x(0x243F6A8885A308D3, 0x13198A2E03707344);
+        __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&key));
+        h = _mm_aesenc_si128(_mm_aesenc_si128(h, round), round);
+        return static_cast<uint64_t>(_mm_cvtsi128_si64(h));
+    }
+};
+
 // The key of the n bytes at p; of more than fit, one that no entry has. No byte behind them is read.
-inline ShortCache::Key short_key(const uint8_t* p, size_t n, size_t) {
-    constexpr size_t kLast = ShortCache::Key::kBytes;
-    __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(_bzhi_u32(0xFFFF, static_cast<uint32_t>(n))), p);
-    bytes = _mm_mask_set1_epi8(bytes, __mmask16{1} << kLast, static_cast<char>(n <= kLast ? n : 255));
-    ShortCache::Key key;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(&key), bytes);
+inline ShortKey short_key(const uint8_t* p, size_t n, size_t) {
+    auto mask = static_cast<__mmask16>(_bzhi_u32(0xFFFF, static_cast<uint32_t>(std::min<size_t>(n, 16))));
+    ShortKey key;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&key), _mm_mask_loadu_epi8(_mm_set1_epi8(-1), mask, p));
     return key;
 }
 
-// The ids beside the key in a line of two entries, or null: one comparison for the line.
-inline const uint32_t* probe(const ShortCache::Entry* line, const ShortCache::Key& key) {
-    static_assert(sizeof *line == 32 && offsetof(ShortCache::Entry, ids) == 16);
-    __m512i wanted = _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(&key)));
-    uint32_t same = _mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(line));
-    same &= same >> 1 & 0x11;  // both halves of the key, of the first or of the second entry
-    if (!same) return nullptr;
-    return reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint64_t*>(line) + std::countr_zero(same) + 2);
+// The ids beside the key in a line, or null: one comparison for both keys.
+inline const uint32_t* probe(const ShortLine* line, const ShortKey& key) {
+    static_assert(offsetof(ShortLine, ids) == 32);
+    // Where the ids are by which halves of the keys are the same; 0: neither key.
+    alignas(16) static constexpr uint8_t kIds[16] = {0, 0, 0, 32, 0, 0, 0, 32, 0, 0, 0, 32, 48, 48, 48, 32};
+    __m256i wanted = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(&key)));
+    __m256i keys = _mm256_load_si256(reinterpret_cast<const __m256i*>(line));
+    size_t at = kIds[_mm256_cmpeq_epi64_mask(wanted, keys)];
+    return at ? reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(line) + at) : nullptr;
 }
 
 }  // namespace fastformer::bpe::avx512

@@ -5,7 +5,7 @@
 #else
 #include "bpe/scan_bits.h"
 #endif
-#include "bpe/coder.h"
+#include "bpe/coder_look_up.h"
 #include "bpe/coder_pieces.h"
 
 namespace fastformer::bpe::FASTFORMER_ISA {
