@@ -122,7 +122,7 @@ def _packing_by_positions(call: dict[str, Any], mask: Tensor | None) -> Packing 
     """How a row of an encoder is packed, if the position_ids of the model that asks for this mask start again."""
     config = call.get("config")
     # Of a decoder this may be cross-attention, whose keys are others.
-    if getattr(config, "is_decoder", True) or getattr(config, "is_encoder_decoder", True):
+    if config is None or getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return None
     if torch.compiler.is_compiling() or call["kv_length"] != _query_length(call):
         return None
