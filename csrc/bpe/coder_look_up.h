@@ -58,10 +58,10 @@ inline size_t Coder::cut(Batch& batch, const uint8_t* text, const uint32_t* ends
             uint32_t last = 0;
             while (at + 3 <= end && size < kBatch) {
                 uint8_t lead = text[at];
-                if (lead >= 0xE0 && lead < 0xF0) {
+                if ((lead & 0xF0) == 0xE0) [[likely]] {
                     uint32_t point = (lead & 15u) << 12 | (text[at + 1] & 63u) << 6 | (text[at + 2] & 63u);
                     batch.own_stops[size + 1] = static_cast<uint32_t>(at);
-                    size += last && !joints.joined(last, point);
+                    size += static_cast<size_t>(last != 0) & static_cast<size_t>(!joints.joined(last, point));
                     last = point;
                     at += 3;
                 } else {

@@ -17,10 +17,10 @@ class Joints {
     // Whether some token holds the end of `left` and the beginning of `right`, code points of three bytes each. May
     // say so of neighbours that none holds.
     bool joined(uint32_t left, uint32_t right) const {
+        // Both are looked at, since nobody can predict what the first will say.
         uint64_t h = pair_hash(left, right);
-        if (pairs_[h >> 6] >> (h & 63) & 1) return true;
         uint32_t part = part_of(left, right);
-        return parts_[part >> 6] >> (part & 63) & 1;
+        return (pairs_[h >> 6] >> (h & 63) | parts_[part >> 6] >> (part & 63)) & 1;
     }
 
   private:

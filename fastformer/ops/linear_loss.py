@@ -175,8 +175,8 @@ def _block_gradient(
 def loss_reference(
     logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`, which may
-    lie over logits.
+    """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`. Logits may
+    be written over.
 
     Spelled out rather than differentiated, since a registered operator runs below autograd.
     """
@@ -189,22 +189,27 @@ def loss_reference(
     place = goal.where(kept, 0).unsqueeze(-1)
     row_weight = row_weights(goal, class_weight, ignore_index).to(x.dtype).unsqueeze(-1)
     each = x.new_ones(classes) if class_weight is None else class_weight.to(x.dtype)
-    lse = x.logsumexp(-1, keepdim=True)
-    losses = (1 - smoothing) * row_weight * (lse - x.gather(-1, place)) + z_loss * row_weight * lse.square()
-    if smoothing:
-        losses += smoothing / classes * (each * (lse - x)).sum(-1, keepdim=True)
+    top, picked = x.amax(-1, keepdim=True), x.gather(-1, place)
+    top = top.where(top.isfinite(), 0.0)
+    below = (each * (top - x)).sum(-1, keepdim=True) if smoothing else None
+    # From here on x becomes exp(x - top), and that its own gradient: nothing else as large is made without smoothing
+    # or softcap.
+    gradient = x.sub_(top).exp_()
+    total = gradient.sum(-1, keepdim=True)
+    lse = top + total.log()
+    losses = (1 - smoothing) * row_weight * (top - picked + total.log()) + z_loss * row_weight * lse.square()
+    if below is not None:
+        losses += smoothing / classes * (below + each.sum() * total.log())
     losses = losses.squeeze(-1).where(kept, 0.0)
     if not needed:
         return losses, logits
-    # From here on x becomes its own gradient; nothing else as large is made without smoothing or softcap.
-    gradient = x.sub_(lse).exp_()
     row_weight = row_weight * scale
     share = (1 - smoothing + 2 * z_loss * lse) * row_weight
     if smoothing:
         spread = smoothing / classes * scale * each
-        gradient.mul_(share + spread.sum()).sub_(spread)
+        gradient.mul_((share + spread.sum()) / total).sub_(spread)
     else:
-        gradient.mul_(share)
+        gradient.mul_(share / total)
     gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight)
     if cap:
         gradient.mul_(1 - bent.square())

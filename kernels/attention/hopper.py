@@ -16,16 +16,15 @@ from fastformer.kernels.attention.call import Call
 BLOCK = 128  # query rows of a program
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
 FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
-# Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (36 to 40 bytes), and windows or softcap at
-# head dimension 256 (496 bytes).
-NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-if NEWER:
+# dK and dV: head dimension: (tile of queries, stages).
+KEY = {64: (64, 3), 128: (64, 2), 256: (64, 2)}
+NARROW_KEY = {**KEY, 128: (32, 4)}  # with softcap: it holds one more tile (580 bytes of spills)
+# The ptxas of Triton 3.9 spills 36 to 44 bytes with the wider tiles.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
     FORWARD |= {64: (64, 4), 128: (64, 4)}
+    KEY = NARROW_KEY
 # dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two).
 QUERY = {64: (64, 6), 128: (64, 6), 256: (64, 3)}
-# dK and dV: head dimension: (tile of queries, stages). At 128 the two sums leave registers for 32 queries on every
-# Triton; with 64 there are versions and rules that spill 12 to 96 bytes.
-KEY = {64: (64, 3), 128: (32, 4), 256: (32, 4)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -92,8 +91,6 @@ def _planes(call: Call, grad_out: Tensor | None = None) -> list[_Plane] | None:
         return None
     # The largest score is looked for before scaling; offsets within a tile of the output are 32-bit.
     if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK * call.heads * call.head_dim >= 2**31:
-        return None
-    if NEWER and call.head_dim == 256 and call.rich:
         return None
     if not (call.query.numel() and call.key.numel()):
         return None
@@ -182,7 +179,7 @@ def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor
     planes = _planes(call, grad_out)
     if planes is None or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
         return False
-    block_m, stages = KEY[call.head_dim]
+    block_m, stages = (NARROW_KEY if call.constants["SOFTCAP"] else KEY)[call.head_dim]
     q, k, v, do = planes
     block_n = BLOCK if call.head_dim <= 128 else BLOCK // 2
     tiles = max(1, triton.cdiv(call.k_len, block_n))

@@ -281,11 +281,11 @@ def backward_query_kernel(
     flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, BLOCK_N], flat)
     zeros = gl.allocate_shared_memory(DTYPE, [PROBE, PROBED], smem)
     zeros.store(gl.zeros([PROBE, PROBED], DTYPE, wide_layout(PROBED)))
-    fence_async_shared()
     q_full = barriers(1, 1)
     full = barriers(SLOTS, 1)
     empty = barriers(SLOTS, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # zeros and barriers, for the tensor cores and TMA
     kv_head = head // GROUP
     query = q_start + row_start
     last_key = k_start + (end_tile - 1) * BLOCK_N

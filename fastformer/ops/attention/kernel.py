@@ -302,7 +302,7 @@ def _run_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = N
 
 def _bind(
     numbers: tuple[Any, ...], needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[int | None]] | None:
     *tensors, out, _ = saved
     grad_out, grad_lse = grads if len(grads) == 2 else (*grads, None)
     extras = tensors[7] is not None or needs[5] or needs[6]  # sinks, or gradients of mask or slopes
@@ -310,11 +310,13 @@ def _bind(
         return None
     run = kernels("attention.backward").bind_backward(make_call(tuple(tensors), numbers), out, grad_out, grad_lse)
 
-    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, _ = run(*saved, grads[0], grads[1] if len(grads) == 2 else None)
-        return dq, dk, dv, None, None, None, None, None, None
+    def back(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        if len(grads) == 2:
+            grad_lse, *saved = others
+            return run(*saved, grad_out, grad_lse)
+        return run(*others, grad_out, None)
 
-    return back
+    return back, (0, 1, 2, *[None] * 6)
 
 
 def _run_second(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
