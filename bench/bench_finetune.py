@@ -156,7 +156,13 @@ def pad(rows: list[dict[str, Any]], width: int | None = None) -> dict[str, torch
 
 
 def variants(
-    family: str, rows: list[dict[str, Any]], size: int, max_length: int, first_position: int, compiles: bool
+    family: str,
+    rows: list[dict[str, Any]],
+    size: int,
+    max_length: int,
+    first_position: int,
+    compiles: bool,
+    epochs: int = 1,
 ) -> dict[str, Variant]:
     def fixed(width: int | None) -> Batches:
         def make(epoch: int) -> Iterator[dict[str, Any]]:
@@ -174,7 +180,9 @@ def variants(
 
     lengths = [tokens_of(row) for row in rows]
     # A little more than the mean batch holds, so that an epoch has as many optimizer steps as the others'.
-    budget = max(max(lengths), round(1.05 * size * statistics.mean(lengths)))
+    budget, steps = max(max(lengths), round(size * statistics.mean(lengths))), -(-len(rows) // size)
+    while any(len(TokenBudget(lengths, budget, seed=epoch)) > steps for epoch in range(epochs)):
+        budget += 1
 
     def packed(epoch: int) -> Iterator[dict[str, Any]]:
         collate = PackedCollator(first_position, budget)
@@ -268,7 +276,8 @@ def run(family: str, size: str, data: str, arguments: argparse.Namespace, device
     print(f"\n{family} {size}, {data}, max_length {arguments.max_length}, batch {arguments.batch}, {len(rows)} texts "
           f"of {tokens / len(rows):.1f} tokens; largest error before timing {error:.1e}")  # fmt: skip
     models: dict[str, Any] = {}
-    choices = variants(family, rows, arguments.batch, arguments.max_length, first, arguments.compile)
+    route = arguments.max_length, first, arguments.compile, arguments.repeats + 1
+    choices = variants(family, rows, arguments.batch, *route)
     if arguments.rows:
         kept = ("stock sdpa, max_length", *arguments.rows)
         choices = {name: choice for name, choice in choices.items() if any(part in name for part in kept)}

@@ -8,9 +8,10 @@ from bench.operators import DEVICE, DTYPE, ON_GPU, check, compiled, optional, ru
 from fastformer.ops.linear_loss import linear_cross_entropy
 from fastformer.ops.loss import cross_entropy
 
-SHAPES = shapes((2, 1024, 30522, 50304, 131072), (512, 4096, 16384), 2**31)
+SHAPES = shapes((2, 1024, 30522, 50304, 131072), (512, 4096, 16384), 2**31, on_cpu=2**22)
 # (rows, hidden, classes): BERT-base's and a decoder's vocabulary.
-LINEAR = [(8192, 768, 30522), (8192, 2048, 131072), (32768, 2048, 131072)] if ON_GPU else [(64, 32, 500)]
+LINEAR_ON_GPU = [(8192, 768, 30522), (8192, 2048, 131072), (32768, 2048, 131072)]
+LINEAR = LINEAR_ON_GPU if ON_GPU else [(512, 64, 30522), (128, 64, 131072)]
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])

@@ -27,7 +27,7 @@ import transformers
 import fastformer as ff
 from bench.bench_finetune import SIZES, VOCAB, pad, reviews
 from fastformer.launches.tracing import tracing
-from fastformer.ops import encoder_layer
+from fastformer.ops import encoder_passes
 
 LAYERS = 12
 STATE_BYTES = 16
@@ -61,10 +61,10 @@ def saved_bytes(
 
     # The graph lives until the count is read, so no storage is counted twice or reused.
     route = tracing(model) if as_gpu else contextlib.nullcontext()
-    most = encoder_layer.MOST_KEPT * len(batch["labels"]) // rows
+    most = encoder_passes.MOST_KEPT * len(batch["labels"]) // rows
     with (
         route,
-        mock.patch.object(encoder_layer, "MOST_KEPT", most),
+        mock.patch.object(encoder_passes, "MOST_KEPT", most),
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
     ):
         loss = model(**batch).loss

@@ -6,7 +6,9 @@
 - With a GPU (stage host-cost of `make gpu`) the same calls run on it with tensors of a few rows, so that the device
   keeps up and the clock sees the host.
 - One call's graph costs a fixed price to start autograd's engine, which a training step pays once and not once an
-  operator. It is measured on an empty Function, alone and in a chain, and taken off every backward figure.
+  operator. It is measured on an empty Function, alone and in a chain, and taken off every backward figure. A second
+  result handed to `torch.autograd.grad` costs 9 us more of it (its own checks of every result and gradient, a second
+  root), so the price is that of a Function with as many results.
 - CPU time of the process, the least of many rounds, all subjects in turn: other work on the machine moves it little.
 """
 
@@ -32,10 +34,13 @@ from bench.subjects import Subject, subjects
 
 LINKS = 16
 CALLS, ROUNDS = 20, 40
+# Modules of attention that look at lengths where these are at hand.
+_READERS = ("options", "cache")
 
 
 class Empty(torch.autograd.Function):
-    """What any operator with a backward in Python pays: a result, two saved tensors, a gradient for each input."""
+    """What any operator with a backward in Python pays: a result, two saved tensors, a gradient for each input. It is
+    the floor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -46,6 +51,24 @@ class Empty(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         x, weight = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+class EmptyOfTwo(torch.autograd.Function):
+    """The same with a second input and result beside the first, for the price of starting a graph with two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x), torch.empty_like(z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _nowhere(tensor: Tensor) -> bool:
+    return False
 
 
 @contextlib.contextmanager
@@ -68,8 +91,13 @@ def stand_in(name: str = "sm_90") -> Iterator[None]:
         kernel.name, kernel._run = "nothing", lambda *args: None
         return kernel
 
+    # Values on a GPU are not read to be checked.
+    unread = [mock.patch(f"fastformer.ops.attention.{module}.values_at_hand", _nowhere) for module in _READERS]
     try:
-        with mock.patch("triton.compiler.compile", compile_nothing), standing_in(name, record=False):
+        with contextlib.ExitStack() as stack:
+            for patch in (mock.patch("triton.compiler.compile", compile_nothing), *unread):
+                stack.enter_context(patch)
+            stack.enter_context(standing_in(name, record=False))
             yield
     finally:
         for function in functions:
@@ -88,12 +116,13 @@ def measure(
     Returns:
         {name: {"inference", "forward", "both", "stock_forward", "stock_both"}}: under no_grad; with a graph; forward
         and backward; and the last two for PyTorch's operators, whose kernels count on a CPU. "floor" is the empty
-        Function, and its "engine" what was taken off every backward figure.
+        Function, and its "engine" and "engine_of_two" what was taken off every backward figure of one and two results.
     """
     where = device or torch.device("cpu")
     inside: Callable[[], Any] = stand_in if where.type == "cpu" else contextlib.nullcontext
     chosen = {k: s for k, s in subjects(True, where).items() if names is None or k in names}
     leaves = {k: s.draw(where, torch.float32) for k, s in chosen.items()}
+    results = {k: len(_results(s.reference(*leaves[k]))) for k, s in chosen.items() if s.differentiable}
     ours: dict[tuple[str, str], Callable[[], object]] = {}
     stock: dict[tuple[str, str], Callable[[], object]] = {}
     for name, subject in chosen.items():
@@ -101,11 +130,14 @@ def measure(
             if prefix and subject.random:
                 continue
             _add(calls, name, prefix, subject, function, leaves[name])
-    floor = [torch.randn(shape, device=where, requires_grad=True) for shape in ((19, 48), (48,), (48,))]
-    pairs = [[t.detach().clone().requires_grad_() for t in floor[1:]] for _ in range(LINKS)]
-    ours["floor", "forward"] = functools.partial(Empty.apply, *floor)
-    ours["floor", "single"] = functools.partial(_both, Empty.apply, floor, torch.ones_like(floor[0]))
-    ours["floor", "chain"] = functools.partial(_chain, floor[0], pairs, torch.ones_like(floor[0]))
+    x, weight, bias = [torch.randn(shape, device=where, requires_grad=True) for shape in ((19, 48), (48,), (48,))]
+    pairs = [[t.detach().clone().requires_grad_() for t in (weight, bias)] for _ in range(LINKS)]
+    ours["floor", "forward"] = functools.partial(Empty.apply, x, weight, bias)
+    for count, function in ((1, Empty.apply), (2, EmptyOfTwo.apply)):
+        firsts = [x.detach().clone().requires_grad_() for _ in range(count)]
+        sent = [torch.ones_like(x) for _ in range(count)]
+        ours["floor", f"single {count}"] = functools.partial(_both, function, [*firsts, weight, bias], sent)
+        ours["floor", f"chain {count}"] = functools.partial(_chain, function, firsts, pairs, sent)
     best: dict[tuple[str, str], float] = {}
     gc.collect()
     gc.disable()
@@ -116,12 +148,17 @@ def measure(
             _round(stock, best)
     finally:
         gc.enable()
-    chain = best.pop(("floor", "chain")) / LINKS
-    engine = best.pop(("floor", "single")) - chain
-    found: dict[str, dict[str, float]] = {"floor": {"both": chain, "engine": engine}}
+    chains = {count: best.pop(("floor", f"chain {count}")) / LINKS for count in (1, 2)}
+    engines = {count: best.pop(("floor", f"single {count}")) - chains[count] for count in (1, 2)}
+    found = {"floor": {"both": chains[1], "engine": engines[1], "engine_of_two": engines[2]}}
     for (name, kind), value in best.items():
-        found.setdefault(name, {})[kind] = value - (engine if kind.endswith("both") else 0.0)
+        started = engines[results[name]] if kind.endswith("both") else 0.0
+        found.setdefault(name, {})[kind] = value - started
     return found
+
+
+def _results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _add(
@@ -136,8 +173,7 @@ def _add(
         calls[name, "inference"] = functools.partial(_inference, function, leaves)
     if subject.differentiable:
         calls[name, f"{prefix}forward"] = functools.partial(function, *leaves)
-        result = subject.reference(*leaves)
-        sent = [torch.ones_like(part) for part in (result if isinstance(result, tuple) else (result,))]
+        sent = [torch.ones_like(part) for part in _results(subject.reference(*leaves))]
         calls[name, f"{prefix}both"] = functools.partial(_both, function, leaves, sent)
 
 
@@ -150,11 +186,11 @@ def _both(function: Callable[..., Any], leaves: list[Tensor], sent: Any) -> None
     torch.autograd.grad(function(*leaves), leaves, sent)
 
 
-def _chain(x: Tensor, pairs: list[list[Tensor]], sent: Tensor) -> None:
-    y = x
+def _chain(function: Callable[..., Any], firsts: list[Tensor], pairs: list[list[Tensor]], sent: list[Tensor]) -> None:
+    results: tuple[Tensor, ...] = tuple(firsts)
     for pair in pairs:
-        y = Empty.apply(y, *pair)
-    torch.autograd.grad(y, [x, *(t for pair in pairs for t in pair)], sent)
+        results = _results(function(*results, *pair))
+    torch.autograd.grad(results, [*firsts, *(t for pair in pairs for t in pair)], sent)
 
 
 def _round(calls: dict[tuple[str, str], Callable[[], object]], best: dict[tuple[str, str], float]) -> None:

@@ -28,10 +28,12 @@ ROTATED_BYTES = 256 << 20
 Call = Callable[..., Tensor]
 
 
-def shapes(widths: tuple[int, ...], rows: tuple[int, ...], limit: int = 2**29) -> list[tuple[int, int]]:
-    """(rows, width) of at most `limit` elements on a GPU, one small pair without."""
+def shapes(
+    widths: tuple[int, ...], rows: tuple[int, ...], limit: int = 2**29, on_cpu: int = 2**20
+) -> list[tuple[int, int]]:
+    """(rows, width) of at most `limit` elements on a GPU; without one every width once, in about `on_cpu` elements."""
     if not ON_GPU:
-        return [(1024, 768)]
+        return [(max(on_cpu // w, 1), w) for w in widths]
     return [(r, w) for w in widths for r in rows if r * w <= limit]
 
 

@@ -161,7 +161,7 @@ def _table(suite: Suite) -> list[str]:
     names.sort(key=lambda name: name != OURS)
     peaks = any(not math.isnan(f.peak) for figures in suite.cases.values() for f in figures.values())
     head = ["case", *(f"{name}, µs" for name in names), "best peer ÷ ours", "rate (ours)", "of the limit"]
-    head += ["peak MiB (ours)", "peak ÷ best peer's"] if peaks else []
+    head += ["peak MiB (ours)", "peak MiB (best peer)"] if peaks else []
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for case, figures in suite.cases.items():
         ours, peer = figures.get(OURS), best_peer(figures)
@@ -171,7 +171,7 @@ def _table(suite: Suite) -> list[str]:
         else:
             rival = figures[peer] if peer else Figure(math.nan)
             cells += [_number(rival.seconds / ours.seconds), ours.rate or "–", _number(ours.share)]
-            cells += [_number(ours.peak), _number(ours.peak / rival.peak if rival.peak else math.nan)] if peaks else []
+            cells += [_number(ours.peak), _number(rival.peak)] if peaks else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

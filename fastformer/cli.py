@@ -74,6 +74,12 @@ def _parser() -> Parser:
         help="of the parameters of that step (default: bfloat16); fp32 takes more of PyTorch's own products",
     )
     info.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="forward of that step under torch.autocast to this dtype, parameters in fp32, as Trainer's bf16=True and "
+        "fp16=True have it (loss scaling is not counted)",
+    )
+    info.add_argument(
         "--layers", type=whole_number(1, 1000), metavar="N", help="of a family: layers instead of the usual number"
     )
     info.set_defaults(run=_info)
@@ -262,8 +268,11 @@ def _info(args: argparse.Namespace) -> int:
     if args.step is not None:
         from fastformer.launches.command import run
 
-        return run(args.step, args.layers, args.json, args.dtype or "bfloat16")
-    for name in ("layers", "dtype"):
+        if args.autocast is not None and args.dtype not in (None, "float32"):
+            raise UserError(f"--autocast is for parameters of --dtype float32, got {args.dtype}")
+        dtype = args.dtype or ("bfloat16" if args.autocast is None else "float32")
+        return run(args.step, args.layers, args.json, dtype, args.autocast)
+    for name in ("layers", "dtype", "autocast"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --step")
     from fastformer.info import info

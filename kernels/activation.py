@@ -24,10 +24,10 @@ from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     as_rows,
     cdiv,
-    dense_strides,
     in_rows,
     power_of_two,
     room,
+    room_beside,
     row_stride,
     shape_of_program,
     sum_partials,
@@ -205,18 +205,20 @@ def _forward_of(
     dropped: bool,
     out_dtype: torch.dtype,
 ) -> Callable[..., Tensor]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     block_m, block_n = _tile(n)
     numbers = (rows, *strides, threshold, keep_scale, n, kind, dropped, block_m, block_n)
     grid = cdiv(rows, block_m), cdiv(n, block_n)
-    launch = Bound(_forward, grid, numbers, shape_of_program(aim, 2048, 8, 64))
+    bound = Bound(_forward, grid, numbers, shape_of_program(aim, 2048, 8, 64))
+
+    new_y = room_beside(shape, out_dtype, device, strides[0], dtypes[0])
 
     def run(
         gate: Tensor, up: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None
     ) -> Tensor:
-        y = torch.empty_strided(shape, dense, dtype=out_dtype, device=device)
+        y = new_y(gate)
         if rows:
-            launch(gate, up, bias, residual, seed, y)
+            bound.launch(gate, up, bias, residual, seed, y)
         return y
 
     return run
@@ -288,7 +290,7 @@ def _backward_of(
     dropped: bool,
     wanted: tuple[torch.dtype | None, ...],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     gate_dtype, up_dtype, bias_dtype = wanted
     block_m, block_n = _tile(n)
     programs, blocks = cdiv(rows, block_m), cdiv(n, block_n)
@@ -296,25 +298,26 @@ def _backward_of(
         # Four programs a multiprocessor, and never more partial rows than twice the multiprocessors.
         programs = min(programs, 2 * aim.multiprocessors, cdiv(4 * aim.multiprocessors, blocks))
     numbers = (rows, *strides, threshold, keep_scale, n, kind, dropped, block_m, block_n)
-    launch = Bound(_backward, (programs, blocks), numbers, shape_of_program(aim, 2048, 8, 128))
+    bound = Bound(_backward, (programs, blocks), numbers, shape_of_program(aim, 2048, 8, 128))
     total = None if bias_dtype is None else sum_partials(aim, device, programs, n, (bias_dtype,))
+    new_dgate, new_dup = (
+        None if dtype is None else room_beside(shape, dtype, device, strides[0], dtypes[0])
+        for dtype in (gate_dtype, up_dtype)
+    )
+    new_partial = room((programs, n), torch.float32, device)
 
     def run(
         dy: Tensor, gate: Tensor | None, up: Tensor | None, bias: Tensor | None, seed: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        dgate = dup = dbias = None
-        if gate_dtype is not None:
-            dgate = torch.empty_strided(shape, dense, dtype=gate_dtype, device=device)
-        if up_dtype is not None:
-            dup = torch.empty_strided(shape, dense, dtype=up_dtype, device=device)
+        dgate = None if new_dgate is None else new_dgate(dy)
+        dup = None if new_dup is None else new_dup(dy)
         if not rows:
             return dgate, dup, None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
         if total is None:
-            launch(dy, gate, up, bias, seed, dgate, dup, None)
-        else:
-            partial = room(programs, n, torch.float32, device)
-            launch(dy, gate, up, bias, seed, dgate, dup, partial)
-            (dbias,) = total(partial)
-        return dgate, dup, dbias
+            bound.launch(dy, gate, up, bias, seed, dgate, dup, None)
+            return dgate, dup, None
+        partial = new_partial()
+        bound.launch(dy, gate, up, bias, seed, dgate, dup, partial)
+        return dgate, dup, total(partial)[0]
 
     return run

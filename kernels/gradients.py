@@ -7,7 +7,8 @@
   launches this saves, that is why they run together.
 - A program forms one tile of one product, over all rows, or the sum of a block of columns, over all rows, always in
   the same order: no atomics, the same bits on every run. Sums come first, beside the first wave of products.
-- Factors are fp16 or bf16, accumulation is fp32. fp32 products are PyTorch's business.
+- Factors are fp16 or bf16, accumulation is fp32, results any dtype. fp32 products are PyTorch's business; the sums
+  beside them are not.
 """
 
 import functools
@@ -26,7 +27,10 @@ from fastformer.kernels.targets import Target, target_of
 
 MOST = 4  # products, and sums of gradients, in a launch
 MOST_PARTIAL = 2  # pairs of partial sums
-_BLOCK, _SUM_ROWS, _SUM_COLUMNS = 128, 64, 128
+_BLOCK = 128
+# Rows and columns that a sum takes at a time: beside products whole lines of memory; alone narrow columns, so that
+# there are programs for all multiprocessors.
+_SUM_BESIDE, _SUM_ALONE = (64, 128), (256, 32)
 
 
 @triton.jit
@@ -146,8 +150,8 @@ def parameter_gradients(
         partials: (P, first, second), up to `MOST_PARTIAL`: contiguous fp32 (2 * R, C), contiguous (C,) twice, written
             with the sum of the first R rows and of the others.
 
-    dY and X: one fp16 or bf16 dtype, unit stride in the last dimension, T the same and not 0. dW and db: one dtype.
-    first and second: one dtype; C the same in all partials.
+    dY and X: one dtype, fp16 or bf16 if there are products, unit stride in the last dimension, T the same and not 0.
+    dW: one dtype, db likewise. first and second: one dtype; C the same in all partials.
     """
     if not (products or sums or partials):
         return
@@ -195,8 +199,9 @@ def _launch(
     s_strides, columns = zip(*_four(sums, (0, 0)), strict=True)
     counts = [count for count, _ in _four(partials, (0, 0))[:MOST_PARTIAL]]
     partial_columns = partials[0][1] if partials else 0
-    sum_ends = _four(itertools.accumulate(cdiv(c, _SUM_COLUMNS) for _, c in sums), 0)
-    partial_end = sum_ends[-1] + 2 * len(partials) * cdiv(partial_columns, _SUM_COLUMNS)
+    sum_rows, sum_columns = _SUM_BESIDE if products else _SUM_ALONE
+    sum_ends = _four(itertools.accumulate(cdiv(c, sum_columns) for _, c in sums), 0)
+    partial_end = sum_ends[-1] + 2 * len(partials) * cdiv(partial_columns, sum_columns)
     tile_ends = _four(itertools.accumulate(_tiles(*sizes) for _, _, *sizes in products), 0)
     # A stage holds BLOCK_T rows of both factors, 256 bytes each.
     block_t, stages = (32, 2) if aim.shared_memory <= 65536 else (64, 3)
@@ -206,6 +211,6 @@ def _launch(
         options["maxnreg"] = 128 if aim.name in ("sm_90", "sm_100") else 255
     numbers = (
         rows, *dy_strides, *x_strides, *n, *k, *s_strides, *columns, *counts, partial_columns, *sum_ends, partial_end,
-        *tile_ends[:-1], _BLOCK, block_t, _SUM_ROWS, _SUM_COLUMNS, stages,
+        *tile_ends[:-1], _BLOCK, block_t, sum_rows, sum_columns, stages,
     )  # fmt: skip
     return Prepared(_gradients, (partial_end + tile_ends[-1],), numbers, options)

@@ -99,49 +99,66 @@ class Prepared:
 
 class Bound(Prepared):
     """A prepared launch whose tensors have the same dtypes each time and are None in the same places, as the key under
-    which its owner keeps it says. While all of them lie on multiples of 16 bytes, as fresh tensors do, it needs no
-    look-up. It runs on the GPU of its first tensor, whichever is the current one.
+    which its owner keeps it says. It runs on the GPU of its first tensor, whichever is the current one.
+
+    Attributes:
+        launch: `launch(*tensors)`. While all of them lie on multiples of 16 bytes, as fresh tensors do, and nothing
+            else has changed since the last launch, it needs no look-up.
     """
 
-    __slots__ = ("last",)
+    __slots__ = ("launch",)
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
         super().__init__(kernel, (*grid, 1, 1)[:3], others, options)
-        # Driver, device and switches at the last launch, and what it ran; never set on AMD, where the storages' sizes
-        # count as well.
-        self.last: tuple[Any, ...] | None = None
+        self.launch: Callable[..., None] = self
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        last = self.last
-        if last is not None and not bits & 15 and not _is_own(self.kernel.kernel):
-            driver_then, device_then, debug, mode, run, function, metadata, others = last
-            active = driver.active
-            device = active.get_current_device()
-            if (
-                active is driver_then
-                and device == device_then
-                and knobs.runtime.debug == debug
-                and knobs.compilation.instrumentation_mode == mode
-            ):
-                x, y, z = self.grid
-                stream = active.get_current_stream(device)
-                run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others)
-                return
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.get_device()):
                 self._launch(tensors)
             return
         found = self._launch(tensors)
-        if found is not None and not bits & 15 and not _HIP:
-            active, (run, function, metadata, tail) = driver.active, found
-            switches = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-            ran = run, function, metadata, (*self.others, *tail)
-            self.last = (active, active.get_current_device(), *switches, *ran)
+        # Not on AMD, where the storages' sizes count as well.
+        if found is not None and not _HIP and not any(t is not None and t.data_ptr() & 15 for t in tensors):
+            run, function, metadata, tail = found
+            jit, active, runtime, compilation = self.kernel.kernel, driver.active, knobs.runtime, knobs.compilation
+            device, debug, mode = active.get_current_device(), runtime.debug, compilation.instrumentation_mode
+
+            def unchanged() -> bool:
+                return (
+                    driver.active is active
+                    and active.get_current_device() == device
+                    and runtime.debug == debug
+                    and compilation.instrumentation_mode == mode
+                    and not _is_own(jit)
+                )
+
+            build = _repeating(tuple(t is not None for t in tensors))
+            stream = functools.partial(active.get_current_stream, device)
+            self.launch = build(
+                self, unchanged, functools.partial(run, *self.grid), stream, function, metadata, (*self.others, *tail)
+            )
+
+
+@functools.cache
+def _repeating(given: tuple[bool, ...]) -> Callable[..., Callable[..., None]]:
+    """What builds a `Bound`'s launch of tensors that are None where `given` is not: written out for them, since a loop
+    over them costs as much as the launch."""
+    names = [f"t{place}" for place in range(len(given))]
+    addresses = [f"p{place}" if there else "None" for place, there in enumerate(given)]
+    taken = [f"(p{place} := t{place}.data_ptr())" for place, there in enumerate(given) if there]
+    source = f"""
+def build(bound, unchanged, run, stream, function, metadata, others):
+    def launch({", ".join(names)}):
+        if ({" | ".join(taken)}) & 15 or not unchanged():
+            return bound({", ".join(names)})
+        run(stream(), function, metadata, None, None, None, {", ".join(addresses)}, *others)
+    return launch
+"""
+    found: dict[str, Any] = {}
+    exec(source, found)
+    return found["build"]
 
 
 def _is_own(jit: Any) -> bool:

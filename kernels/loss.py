@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.launch import Bound, launcher
-from fastformer.kernels.rows import as_rows, cdiv, dense_strides, power_of_two, room, row_stride, shape_of_program
+from fastformer.kernels.rows import as_rows, cdiv, power_of_two, room, room_beside, row_stride, shape_of_program
 from fastformer.kernels.targets import Target, target_of
 
 BLOCK_COLUMNS = 4096
@@ -198,14 +198,14 @@ def _forward_of(
     rows, v = math.prod(shape[:-1]), shape[-1]
     block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
     numbers = (stride, ignore_index, label_smoothing, z_loss, softcap, v, label_smoothing > 0, softcap > 0, block)
-    launch = Bound(_loss_forward, (rows,), numbers, shape_of_program(aim, block, 16, 128))
+    bound = Bound(_loss_forward, (rows,), numbers, shape_of_program(aim, block, 16, 128))
+
+    new_row, new_lse = (room(shape, torch.float32, device) for shape in ((rows,), (rows, 2)))
 
     def run(logits: Tensor, goal: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loss = torch.empty_strided((rows,), (1,), dtype=torch.float32, device=device)
-        weights = torch.empty_strided((rows,), (1,), dtype=torch.float32, device=device)
-        lse = room(rows, 2, torch.float32, device)
+        loss, weights, lse = new_row(), new_row(), new_lse()
         if rows:
-            launch(logits, goal, weight, loss, weights, lse)
+            bound.launch(logits, goal, weight, loss, weights, lse)
         return loss, weights, lse
 
     return run
@@ -232,12 +232,13 @@ def bind_reduction(loss: Tensor, mean: bool, out_dtype: torch.dtype) -> Callable
 def _reduction_of(
     device: torch.device, rows: int, mean: bool, out_dtype: torch.dtype
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    launch = Bound(_reduce, (1,), (rows, mean, 1024), {"num_warps": 4})
+    bound = Bound(_reduce, (1,), (rows, mean, 1024), {"num_warps": 4})
+
+    new_out, new_total = (room((), dtype, device) for dtype in (out_dtype, torch.float32))
 
     def run(loss: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty_strided((), (), dtype=out_dtype, device=device)
-        total = torch.empty_strided((), (), dtype=torch.float32, device=device) if mean else None
-        launch(loss, weights, out, total)
+        out, total = new_out(), new_total() if mean else None
+        bound.launch(loss, weights, out, total)
         return out, total
 
     return run
@@ -303,14 +304,15 @@ def _backward_of(
     softcap: float,
     in_place: bool,
 ) -> Callable[..., Tensor]:
-    rows, v, dense = math.prod(shape[:-1]), shape[-1], dense_strides(shape)
+    rows, v = math.prod(shape[:-1]), shape[-1]
     dloss_stride, stride = strides
+    new_dx = room_beside(shape, dtype, device, stride, dtype)
     block = min(max(power_of_two(v), 16), BLOCK_COLUMNS)
     smooth = label_smoothing > 0
     numbers = (stride, stride if in_place else v, dloss_stride, ignore_index, label_smoothing, z_loss, softcap)
     constants = (v, smooth, softcap > 0, block)
     grid = rows, cdiv(v, block)
-    launch = Bound(_loss_backward, grid, (*numbers, *constants), shape_of_program(aim, block, 8, 64))
+    bound = Bound(_loss_backward, grid, (*numbers, *constants), shape_of_program(aim, block, 8, 64))
 
     def run(
         dloss: Tensor,
@@ -321,10 +323,10 @@ def _backward_of(
         lse: Tensor,
         total: Tensor | None = None,
     ) -> Tensor:
-        dx = logits if in_place else torch.empty_strided(shape, dense, dtype=dtype, device=device)
+        dx = logits if in_place else new_dx(logits)
         if rows:
             weights = weight.float().sum() if weight is not None and smooth else None
-            launch(dloss, total, logits, goal, weight, weights, row_weight, lse, dx)
+            bound.launch(dloss, total, logits, goal, weight, weights, row_weight, lse, dx)
         return dx
 
     return run

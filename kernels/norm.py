@@ -25,10 +25,10 @@ from fastformer.kernels.rows import (
     TL_DTYPES,
     as_rows,
     cdiv,
-    dense_strides,
     in_rows,
     power_of_two,
     room,
+    room_beside,
     row_stride,
     shape_of_program,
 )
@@ -72,7 +72,7 @@ def affine(W, B, column, valid, offset):
 @launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _forward_tile(
-    X, R, S, W, B, SEED, Z, Y, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
+    X, R, S, W, B, SEED, Z, Y, COPY, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
     N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, Z_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -100,13 +100,16 @@ def _forward_tile(
     else:
         tl.store(STATS + rows + row, rstd, mask=row < rows)
     scale, shift = affine(W, B, column, valid, offset)
-    tl.store(Y + place, centred * rstd[:, None] * scale + shift, mask=inside)
+    y = centred * rstd[:, None] * scale + shift
+    tl.store(Y + place, y, mask=inside)
+    if COPY is not None:
+        tl.store(COPY + place, y, mask=inside)
 
 
 @launcher
 @triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _forward_loop(
-    X, R, S, W, B, SEED, Z, Y, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
+    X, R, S, W, B, SEED, Z, Y, COPY, STATS, rows, x_stride, r_stride, threshold, keep_scale, eps, offset,
     N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, Z_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, columns,
 ):  # fmt: skip
     """One row a program, walked twice in blocks of BLOCK_N columns.
@@ -152,6 +155,8 @@ def _forward_loop(
         scale, shift = affine(W, B, column, valid, offset)
         y = (z - mean[:, None]) * rstd[:, None] * scale + shift
         tl.store(Y + row[:, None] * N + column[None, :], y, mask=valid[None, :])
+        if COPY is not None:
+            tl.store(COPY + row[:, None] * N + column[None, :], y, mask=valid[None, :])
 
 
 def norm_forward(
@@ -169,6 +174,7 @@ def norm_forward(
     sum_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keep_sum: bool,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch the forward kernel.
 
@@ -176,14 +182,16 @@ def norm_forward(
         input, residual: (..., N), N > 0; weight, bias: (N,) with unit stride; row_scale: contiguous, one a row.
         seed: (1,) int64, or None for no dropout; threshold, keep_scale: its 32-bit limit and 1 / (1 - p).
         sum_dtype: dtype z is rounded to; keep_sum: whether z is returned.
+        copy: contiguous tensor of another dtype that y is written to as well, or None.
 
     Returns:
         y (..., N) in out_dtype, z or None, fp32 statistics: mean and rstd (2, rows), for RMSNorm rstd (1, rows).
     """
     tensors = (as_rows(input)[0], in_rows(residual), weight, bias, row_scale, seed)
-    run = bind_forward(*tensors, threshold, keep_scale, eps, offset, rms, sum_dtype, out_dtype, keep_sum)
+    numbers = (threshold, keep_scale, eps, offset, rms, sum_dtype, out_dtype, keep_sum)
+    run = bind_forward(*tensors, *numbers, None if copy is None else copy.dtype)
     assert run is not None
-    return run(*tensors)
+    return run(*tensors, copy)
 
 
 def bind_forward(
@@ -206,6 +214,7 @@ def bind_forward(
 
 
 # What a call is made of beside its tensors is derived once for each kind. Keys are typed: 1 is not 1.0 to Triton.
+# `copy_dtype` does nothing but tell kinds apart.
 @functools.lru_cache(maxsize=1024, typed=True)
 def _forward_of(
     aim: Target,
@@ -222,18 +231,22 @@ def _forward_of(
     sum_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keep_sum: bool,
+    copy_dtype: torch.dtype | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     numbers = (rows, *strides, threshold, keep_scale, eps, offset, n, rms, dropped, TL_DTYPES[sum_dtype])
     block_n = max(power_of_two(n), 16)
     if block_n > FORWARD_TILE_COLUMNS:
         options = shape_of_program(aim, LOOP_COLUMNS, 8, 128)
-        launch = Bound(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
+        bound = Bound(_forward_loop, (rows,), (*numbers, LOOP_COLUMNS, n), options)
     else:
         block_m = max(1, 1024 // block_n)
         each, registers = (8 if block_n <= 1024 else 16), (64 if block_n <= 8192 else 128)
         options = shape_of_program(aim, block_m * block_n, each, registers)
-        launch = Bound(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), options)
+        bound = Bound(_forward_tile, (cdiv(rows, block_m),), (*numbers, block_m, block_n), options)
+
+    new_y, new_z = (room_beside(shape, dtype, device, strides[0], dtypes[0]) for dtype in (out_dtype, sum_dtype))
+    new_stats = room((1 if rms else 2, rows), torch.float32, device)
 
     def run(
         input: Tensor,
@@ -242,12 +255,11 @@ def _forward_of(
         bias: Tensor | None,
         row_scale: Tensor | None,
         seed: Tensor | None,
+        copy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        y = torch.empty_strided(shape, dense, dtype=out_dtype, device=device)
-        z = torch.empty_strided(shape, dense, dtype=sum_dtype, device=device) if keep_sum else None
-        stats = room(1 if rms else 2, rows, torch.float32, device)
+        y, z, stats = new_y(input), new_z(input) if keep_sum else None, new_stats()
         if rows:
-            launch(input, residual, row_scale, weight, bias, seed, z, y, stats)
+            bound.launch(input, residual, row_scale, weight, bias, seed, z, y, copy, stats)
         return y, z, stats
 
     return run

@@ -26,10 +26,10 @@ from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import (
     as_rows,
     cdiv,
-    dense_strides,
     in_rows,
     power_of_two,
     room,
+    room_beside,
     row_stride,
     shape_of_program,
     sum_partials,
@@ -44,10 +44,14 @@ DROPOUT_TILE_COLUMNS = 4096
 
 
 @triton.jit
-def _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS: tl.constexpr):
+def _normalised(
+    Z, DY, DY_MORE, STATS, rows, row, column, inside, z_stride, dy_stride, N: tl.constexpr, RMS: tl.constexpr
+):
     """(z - mean) * rstd, dy and rstd of a tile, in fp32; 0 outside."""
     z = tl.load(Z + row[:, None] * z_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(DY + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if DY_MORE is not None:
+        dy += tl.load(DY_MORE + row[:, None] * N + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if RMS:
         rstd = tl.load(STATS + row, mask=row < rows, other=0.0)
         z_hat = z * rstd[:, None]
@@ -93,9 +97,9 @@ def _store_partials(
 @launcher
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _backward_tile(
-    DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, PARTIAL, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale,
-    offset, N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    DY, DY_MORE, DZ_IN, Z, STATS, W, S, SEED, DX, DR, PARTIAL, rows, dy_stride, dz_stride, z_stride, threshold,
+    keep_scale, offset, N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, DWEIGHT: tl.constexpr,
+    DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BLOCK_M whole rows, one in gridDim apart; dweight and dbias of all of them in one partial row."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -108,7 +112,7 @@ def _backward_tile(
     for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), programs, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < rows)[:, None] & valid[None, :]
-        z_hat, dy, rstd = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
+        z_hat, dy, rstd = _normalised(Z, DY, DY_MORE, STATS, rows, row, column, inside, z_stride, dy_stride, N, RMS)
         if DWEIGHT:
             dweight += dy * z_hat
         if DBIAS:
@@ -128,8 +132,8 @@ def _backward_tile(
 @launcher
 @triton.jit(do_not_specialize=["rows", "threshold", "columns"])
 def _backward_loop(
-    DY, DZ_IN, Z, STATS, W, S, SEED, DX, DR, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale, offset,
-    N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, columns,
+    DY, DY_MORE, DZ_IN, Z, STATS, W, S, SEED, DX, DR, rows, dy_stride, dz_stride, z_stride, threshold, keep_scale,
+    offset, N: tl.constexpr, RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, columns,
 ):  # fmt: skip
     """One row a program, walked twice: its two means, then its gradients; columns N once more, not known when
     compiling, as in `fastformer.kernels.norm`."""
@@ -140,7 +144,7 @@ def _backward_loop(
     for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
-        z_hat, dy, _ = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
+        z_hat, dy, _ = _normalised(Z, DY, DY_MORE, STATS, rows, row, column, inside, z_stride, dy_stride, N, RMS)
         scale, _ = affine(W, None, column, column < N, offset)
         product += dy * scale * z_hat
         plain += dy * scale
@@ -149,7 +153,7 @@ def _backward_loop(
     for first in range(0, columns, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
-        z_hat, dy, rstd = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
+        z_hat, dy, rstd = _normalised(Z, DY, DY_MORE, STATS, rows, row, column, inside, z_stride, dy_stride, N, RMS)
         scale, _ = affine(W, None, column, column < N, offset)
         dz = dy * scale - z_hat * product_mean
         if not RMS:
@@ -164,7 +168,7 @@ def _backward_loop(
 @launcher
 @triton.jit(do_not_specialize=["rows"])
 def _backward_columns(
-    DY, Z, STATS, PARTIAL, rows, dy_stride, z_stride, N: tl.constexpr, RMS: tl.constexpr,
+    DY, DY_MORE, Z, STATS, PARTIAL, rows, dy_stride, z_stride, N: tl.constexpr, RMS: tl.constexpr,
     DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias of wide rows: BLOCK_N columns a program of axis 0, every gridDim-th row tile of axis 1."""
@@ -175,7 +179,7 @@ def _backward_columns(
     for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (row < rows)[:, None] & (column < N)[None, :]
-        z_hat, dy, _ = _normalised(Z, DY, STATS, rows, row, column, inside, z_stride, dy_stride, RMS)
+        z_hat, dy, _ = _normalised(Z, DY, DY_MORE, STATS, rows, row, column, inside, z_stride, dy_stride, N, RMS)
         if DWEIGHT:
             dweight += dy * z_hat
         if DBIAS:
@@ -216,17 +220,22 @@ def norm_backward(
     return [gradient for gradient in run(*tensors) if gradient is not None]
 
 
-def norm_backward_rows(dy: Tensor, dz: Tensor | None, z: Tensor, *others: Any) -> tuple[list[Tensor], Tensor | None]:
+def norm_backward_rows(
+    dy: Tensor, dz: Tensor | None, z: Tensor, *others: Any, dy_more: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
     """`norm_backward`, of the same arguments, that leaves the sums over rows to the caller.
+
+    Args:
+        dy_more: contiguous like y, of any dtype: what is to be added to dy first, or None.
 
     Returns:
         the gradients of input and residual that are needed, and fp32 (sums * P, N) partial rows of weight's and then
         bias's, P for each that is needed; None if neither is or z has no row.
     """
     tensors = (as_rows(dy)[0], in_rows(dz), as_rows(z)[0], *others[:4])
-    run = bind_backward(*tensors, *others[4:], summed=False)
+    run = bind_backward(*tensors, *others[4:], summed=False, more=None if dy_more is None else dy_more.dtype)
     assert run is not None
-    dx, dr, partial = run(*tensors)
+    dx, dr, partial = run(*tensors, dy_more)
     return [gradient for gradient in (dx, dr) if gradient is not None], partial
 
 
@@ -244,19 +253,22 @@ def bind_backward(
     rms: bool,
     *wanted: torch.dtype | None,
     summed: bool = True,
+    more: torch.dtype | None = None,
 ) -> Callable[..., tuple[Tensor | None, ...]] | None:
     """`norm_backward` of tensors laid out like these, as a function of the tensors alone that has a place for each
-    gradient; None where it copies. Without `summed` the partial rows stand for weight's and bias's."""
+    gradient; None where it copies. Without `summed` the partial rows stand for weight's and bias's. `more` is the dtype
+    of what the function is to add to dy, given behind the other tensors."""
     strides = tuple(0 if t is None else row_stride(t) for t in (dy, dz, z))
     if None in strides:
         return None
     dtypes = tuple(None if t is None else t.dtype for t in (dy, dz, z, weight, row_scale))
     return _backward_of(
         target_of(z.device), z.device, z.shape, strides, dtypes, threshold, keep_scale, offset, rms, seed is not None,
-        wanted, summed,
+        wanted, summed, more,
     )  # fmt: skip
 
 
+# `more` does nothing but tell kinds apart.
 @functools.lru_cache(maxsize=1024, typed=True)
 def _backward_of(
     aim: Target,
@@ -271,8 +283,9 @@ def _backward_of(
     dropped: bool,
     wanted: tuple[torch.dtype | None, ...],
     summed: bool,
+    more: torch.dtype | None,
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    n, rows, dense = shape[-1], math.prod(shape[:-1]), dense_strides(shape)
+    n, rows = shape[-1], math.prod(shape[:-1])
     input_dtype, residual_dtype, weight_dtype, bias_dtype = wanted
     dweight, dbias = weight_dtype is not None, bias_dtype is not None
     sums = tuple(dtype for dtype in (weight_dtype, bias_dtype) if dtype is not None)
@@ -291,6 +304,11 @@ def _backward_of(
         constants = (*numbers, dweight, dbias, block_m, block_n, 2 if block_n <= 4096 else 1)
         walk = Bound(_backward_tile, (programs,), constants, shape_of_program(aim, block_m * block_n, 8, 128))
     total = sum_partials(aim, device, len(sums) * programs, n, sums) if sums and summed else None
+    new_dx, new_dr = (
+        None if dtype is None else room_beside(shape, dtype, device, strides[2], dtypes[2])
+        for dtype in (input_dtype, residual_dtype)
+    )
+    new_partial = room((len(sums) * programs, n), torch.float32, device)
 
     def run(
         dy: Tensor,
@@ -300,25 +318,22 @@ def _backward_of(
         weight: Tensor | None,
         row_scale: Tensor | None,
         seed: Tensor | None,
+        dy_more: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        dx = dr = partial = None
-        if input_dtype is not None:
-            dx = torch.empty_strided(shape, dense, dtype=input_dtype, device=device)
-        if residual_dtype is not None:
-            dr = torch.empty_strided(shape, dense, dtype=residual_dtype, device=device)
+        dx = None if new_dx is None else new_dx(z)
+        dr = None if new_dr is None else new_dr(z)
         if not rows and not summed:
             return dx, dr, None
         if not rows:
             empty = (None if dtype is None else torch.zeros(n, dtype=dtype, device=device) for dtype in wanted[2:])
             return dx, dr, *empty
-        if sums:
-            partial = room(len(sums) * programs, n, torch.float32, device)
+        partial = new_partial() if sums else None
         if columns is None:
-            walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
+            walk.launch(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr, partial)
         else:
-            walk(dy, dz, z, stats, weight, row_scale, seed, dx, dr)
+            walk.launch(dy, dy_more, dz, z, stats, weight, row_scale, seed, dx, dr)
             if partial is not None:
-                columns(dy, z, stats, partial)
+                columns.launch(dy, dy_more, z, stats, partial)
         if not summed:
             return dx, dr, partial
         if total is None or partial is None:

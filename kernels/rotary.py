@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.launch import Bound, launcher
-from fastformer.kernels.rows import cdiv, dense_strides, power_of_two, shape_of_program
+from fastformer.kernels.rows import cdiv, dense_strides, power_of_two, room, shape_of_program
 from fastformer.kernels.targets import Target, target_of
 
 
@@ -154,10 +154,12 @@ def _rotation(
     in_place: bool,
 ) -> Callable[..., list[Tensor]]:
     (*lead, s, heads, d), strides, _ = sides[0]
-    results = [(shape, _beside(shape, stride), dtype) for shape, stride, dtype in filter(None, sides)]
+    results = [_beside(shape, stride) for shape, stride, _ in filter(None, sides)]
+    new_q = _room_of(device, *sides[0])
+    new_k = None if sides[1] is None else _room_of(device, *sides[1])
     heads_k = 0 if sides[1] is None else sides[1][0][-2]
     k_strides = (0, 0, 0, 0) if sides[1] is None else _of_four(sides[1][1])
-    q_out, k_out = (_of_four(stride)[:3] for _, stride, _ in (results[0], results[-1]))
+    q_out, k_out = (_of_four(stride)[:3] for stride in (results[0], results[-1]))
     (positions, half), cos_stride, _ = tables[0]
     r = 2 * half
     block_h = min(power_of_two(max(heads, heads_k)), 16)
@@ -169,18 +171,18 @@ def _rotation(
     )  # fmt: skip
     tokens = math.prod(lead) * s
     grid = (tokens, cdiv(heads, block_h) + cdiv(heads_k, block_h))
-    launch = Bound(_rotate, grid, numbers, shape_of_program(aim, block_h * block_r, 4, 128))
+    bound = Bound(_rotate, grid, numbers, shape_of_program(aim, block_h * block_r, 4, 128))
     empty = tokens * (heads + heads_k) * d == 0
 
     def run(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, position: Tensor | None) -> list[Tensor]:
         if in_place:
             if not empty:
-                launch(query, key, cos, sin, position, None, None)
+                bound.launch(query, key, cos, sin, position, None, None)
             return [query] if key is None else [query, key]
-        outs = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in results]
+        q_out, k_out = new_q(query), None if new_k is None or key is None else new_k(key)
         if not empty:
-            launch(query, key, cos, sin, position, outs[0], None if key is None else outs[1])
-        return outs
+            bound.launch(query, key, cos, sin, position, q_out, k_out)
+        return [q_out] if k_out is None else [q_out, k_out]
 
     return run
 
@@ -188,6 +190,16 @@ def _rotation(
 def _of_four(strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of (B, S, H, D), also for a tensor of one sequence without B."""
     return strides if len(strides) == 4 else (0, *strides)
+
+
+def _room_of(
+    device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """What allocates the result of a tensor with these strides, laid out as `_beside` says."""
+    if strides[-1] == 1:
+        return torch.empty_like
+    new = room(shape, dtype, device)
+    return lambda _: new()
 
 
 def _beside(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -32,9 +32,11 @@ def suite(*options, path=(), check=True):
 
 
 def test_every_case_runs():
-    """Once, untimed, results and gradients against the reference; torch.compile apart, which takes minutes."""
+    """Once, untimed, results and gradients against the reference; of one size each, and without torch.compile, which
+    takes minutes."""
     files = [f"bench/bench_{name}.py" for name in ("norm", "activation", "loss", "rotary")]
-    done = suite("--benchmark-disable", "-k", "not compile", *files)
+    sizes = ("1365-768", "341-3072", "4096-1024", "64-30522", "12-12-64")
+    done = suite("--benchmark-disable", "-k", f"not compile and ({' or '.join(sizes)})", *files)
     assert " passed" in done.stdout
 
 
@@ -43,7 +45,7 @@ def measured(tmp_path_factory):
     """A run of two cases, and the same with a wrong result planted."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "planted_fault.py").write_text(PLANTED)
-    options = ("bench/bench_norm.py", "-k", "layer and forward and (eager or fastformer)")
+    options = ("bench/bench_norm.py", "-k", "layer and 1365-768 and forward and (eager or fastformer)")
     suite(*options, f"--benchmark-json={folder / 'sound.json'}")
     failed = suite(
         *options, "-p", "planted_fault", f"--benchmark-json={folder / 'planted.json'}", path=[folder], check=False

@@ -163,7 +163,7 @@ def test_bound_launches_follow_addresses_devices_and_switches(kernel, device):
     for debug, number, tensors in itertools.product((False, True), (0, 1), (aligned, aligned, shifted, aligned)):
         device.device, device.stream = number, 5 + number
         with mock.patch.object(triton.knobs.runtime, "debug", debug):
-            bound(*tensors)
+            bound.launch(*tensors)
             function, stream, grid, given = device.launches[-1]
             assert function is chosen_by_triton([*tensors, *rest], {"num_warps": 4})
         assert (stream, grid) == (device.stream, (2, 3, 1))
@@ -173,12 +173,12 @@ def test_bound_launches_follow_addresses_devices_and_switches(kernel, device):
     triton.knobs.runtime.launch_enter_hook.add(hook)
     try:
         with mock.patch.object(triton.runtime.jit.JITFunction, "run") as run:
-            bound(*aligned)
+            bound.launch(*aligned)
         assert run.called
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", side_effect=AssertionError("went through Triton")):
-        bound(*aligned)
+        bound.launch(*aligned)
 
 
 def test_constants_by_name_count_like_those_by_position(kernel, device):

@@ -15,22 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastformer.nn.parts import has_hooks
+from fastformer.ops.operator import light
 
 _MARK = "fastformer_side_by_side"
 
 
-def project(module: Any, names: Sequence[str], hidden: Tensor) -> Sequence[Tensor]:
-    """What the linear layers `names` of a module make of `hidden`: [..., features] each.
+def project(module: Any, names: Sequence[str], hidden: Tensor, shape: tuple[int, int]) -> Sequence[Tensor]:
+    """What the linear layers `names` of a module make of `hidden`: [..., *shape] each, (heads, head_dim) say.
 
     Layers that are hooked, wrapped or not plain (adapters, quantisation), and parameters that something else keeps in a
     buffer of its own, are called one by one.
     """
     if not lie_side_by_side(module, names, hidden):
-        return [getattr(module, name)(hidden) for name in names]
+        return [getattr(module, name)(hidden).unflatten(-1, shape) for name in names]
     layers = [getattr(module, name) for name in names]
-    weight = _Joined.apply(*(layer.weight for layer in layers))
-    bias = None if layers[0].bias is None else _Joined.apply(*(layer.bias for layer in layers))
-    return F.linear(hidden, weight, bias).split([layer.weight.shape[0] for layer in layers], dim=-1)
+    weight = _joined(*(layer.weight for layer in layers))
+    bias = None if layers[0].bias is None else _joined(*(layer.bias for layer in layers))
+    # One view and one node of autograd for all of them.
+    return F.linear(hidden, weight, bias).view(*hidden.shape[:-1], len(names), *shape).unbind(-3)
 
 
 def lie_side_by_side(module: Any, names: Sequence[str], hidden: Tensor) -> bool:
@@ -98,11 +100,17 @@ class _Joined(torch.autograd.Function):
     """Parameters that lie side by side as one tensor, joined along the first dimension; nothing is copied."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.sizes = [p.shape[0] for p in parameters]
+    def forward(*parameters: Tensor) -> Tensor:
         first = parameters[0].detach()
-        return first.as_strided((sum(ctx.sizes), *first.shape[1:]), first.stride())
+        return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.sizes = [p.shape[0] for p in inputs]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad.split(ctx.sizes)
+
+
+_joined = light(_Joined)

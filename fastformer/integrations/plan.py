@@ -43,6 +43,16 @@ class Plan:
         """[1, rows, ...] back to [batch, seqlen, ...]; without a packing, `hidden` itself."""
         return hidden if self.packing is None else self.packing.pad(hidden.squeeze(0))
 
+    @property
+    def begins_all(self) -> bool:
+        """Whether every row is known to begin with a real token."""
+        return self.packing is not None and self.packing.begins_all
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """[1, rows, ...] to [batch, 1, ...], the first token of every sequence; `begins_all` must hold."""
+        assert self.packing is not None
+        return self.packing.first(hidden.squeeze(0)).unsqueeze(1)
+
     def repack(self, hidden: Tensor) -> Tensor:
         """[batch, seqlen, ...] to [1, rows, ...]; without a packing, `hidden` itself."""
         return hidden if self.packing is None else self.packing.pack(hidden)[None]
@@ -117,7 +127,18 @@ def packing_from_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Pack
     batch = lengths.shape[0]
     sequence = torch.repeat_interleave(torch.arange(batch, device=lengths.device), lengths, output_size=rows)
     place = torch.arange(rows, device=lengths.device) - cu_seqlens[sequence]
-    return Packing(sequence * max_seqlen + place, cu_seqlens, max_seqlen, batch, max_seqlen, rows, rows)
+    # On a GPU nobody waits to learn whether a sequence is empty.
+    begins_all = lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths > 0).all())
+    return Packing(
+        sequence * max_seqlen + place,
+        cu_seqlens,
+        max_seqlen,
+        batch,
+        max_seqlen,
+        rows,
+        rows,
+        begins_all=begins_all,
+    )
 
 
 def packing_from_positions(position_ids: Tensor | None) -> Packing | None:

@@ -17,11 +17,12 @@ from fastformer.launches.step import PHASES, Comparison, compare
 _LENGTHS = (16, 9, 12, 5)  # tokens of the sequences of the batch that is counted
 
 
-def run(name: str, layers: int | None, as_json: bool, dtype: str) -> int:
+def run(name: str, layers: int | None, as_json: bool, dtype: str, autocast: str | None) -> int:
     """Count on a GPU if there is one, and print a table or JSON. Returns the exit code.
 
     Args:
-        name: a checkpoint or a family. layers: of a family. dtype: name of the parameters' dtype.
+        name: a checkpoint or a family. layers: of a family. dtype, autocast: names of the parameters' dtype and of
+            autocast's, None without it.
 
     Raises:
         UserError: there is no such model, or nothing to count with.
@@ -29,10 +30,12 @@ def run(name: str, layers: int | None, as_json: bool, dtype: str) -> int:
     if importlib.util.find_spec("transformers") is None:
         raise UserError('counting needs transformers: pip install "fastformer[transformers]"')
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"fastformer info: making {name} ({dtype}) and running its steps on {device}", file=sys.stderr, flush=True)
+    kind = dtype if autocast is None else f"{dtype}, autocast to {autocast}"
+    print(f"fastformer info: making {name} ({kind}) and running its steps on {device}", file=sys.stderr, flush=True)
     model = _model(name, layers).to(device, getattr(torch, dtype))
     try:
-        found = compare(model, {key: value.to(device) for key, value in _batch(model).items()})
+        batch = {key: value.to(device) for key, value in _batch(model).items()}
+        found = compare(model, batch, autocast=None if autocast is None else getattr(torch, autocast))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{name}: {error}".rstrip(".")) from None
     print(json.dumps(as_dict(found), indent=1) if as_json else found)

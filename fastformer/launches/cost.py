@@ -54,6 +54,8 @@ REASONS = {
     "sum": "gradient of a bias, or of a table read as a whole, outside the layers",
     "cat": "gradients of query, key and value side by side",
     "randint": "the seeds of all dropouts",
+    "_to_copy": "rounded for autocast, or a gradient rounded back",
+    "add_": "adding to the gradient of the residual, which is in another dtype",
     "add": "a gradient that arrives along two ways",
     "gelu": "activation",
     "gelu_backward": "activation",
@@ -82,6 +84,7 @@ REASONS = {
     "fastformer::norm.backward_tile": "norm, residual and dropout",
     "fastformer::activation.forward": "bias and activation",
     "fastformer::activation.backward": "activation, or dropout",
+    "fastformer::casting.cast": "input and parameters of a layer, rounded for autocast",
     "fastformer::gradients.gradients": "all weights, biases and norms of a layer",
     "fastformer::rows.sum_partials": "a norm's weight and bias",
 }

@@ -93,13 +93,18 @@ def count_launches(model: torch.nn.Module, step: Callable[[], Any]) -> StepCount
     return StepCount(tracer.launches, tracer.host_reads)
 
 
-def training_step(model: torch.nn.Module, clip: bool, **optimizer: Any) -> Callable[[dict[str, Tensor]], None]:
-    """A step of the ordinary loop with AdamW: forward, backward, gradient clipping if asked, update."""
+def training_step(
+    model: torch.nn.Module, clip: bool, autocast: torch.dtype | None, **optimizer: Any
+) -> Callable[[dict[str, Tensor]], None]:
+    """A step of the ordinary loop with AdamW: forward, under autocast if asked, backward, gradient clipping if asked,
+    update."""
+    device = next(model.parameters()).device.type
     chosen = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, **optimizer)
 
     def step(batch: dict[str, Tensor]) -> None:
         chosen.zero_grad()
-        loss = getattr(model(**batch), "loss", None)
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss = getattr(model(**batch), "loss", None)
         if loss is None:
             raise ValueError(f"batch must make {type(model).__name__} return a loss, got none: labels are missing")
         loss.backward()
@@ -152,7 +157,9 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(model: torch.nn.Module, batch: dict[str, Tensor], clip: bool = True) -> Comparison:
+def compare(
+    model: torch.nn.Module, batch: dict[str, Tensor], clip: bool = True, autocast: torch.dtype | None = None
+) -> Comparison:
     """Launches of a training step of `model`, stock and patched; its parameters are spoilt.
 
     Stock updates by AdamW as PyTorch runs it on a GPU by default (multi-tensor), patched by its fused AdamW.
@@ -161,14 +168,15 @@ def compare(model: torch.nn.Module, batch: dict[str, Tensor], clip: bool = True)
         model: a stock model in training mode, on the CPU or one GPU.
         batch: arguments of a call that returns a loss.
         clip: whether the loop clips gradients.
+        autocast: dtype of autocast around forward, or None; then parameters are float32.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `count_launches`.
     """
     unpatch(model)
-    stock = _count(model, batch, training_step(model, clip, foreach=True))
+    stock = _count(model, batch, training_step(model, clip, autocast, foreach=True))
     patch(model)
-    patched = _count(model, batch, training_step(model, clip, fused=True))
+    patched = _count(model, batch, training_step(model, clip, autocast, fused=True))
     unpatch(model)
     device = next(model.parameters()).device
     where = "as a GPU would launch them" if device.type == "cpu" else f"as {device} launched them"

@@ -103,8 +103,17 @@ class Tracer(TorchDispatchMode):
         return result
 
 
+# What autocast computes in fp32 on a GPU and not on a CPU, of what classifiers and language models call.
+_SINGLE = (
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.log_softmax,
+    torch.nn.functional.softmax,
+)
+
+
 class _AsOnGpu(TorchFunctionMode):
-    """Dropout and attention as single operators, as a GPU runs them."""
+    """Dropout and attention as single operators, as a GPU runs them, and what autocast computes in fp32 there."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -118,6 +127,8 @@ class _AsOnGpu(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if function is torch.nn.functional.scaled_dot_product_attention:
             return _Attention.apply(self.tracer, *args[:3] or (kwargs["query"], kwargs["key"], kwargs["value"]))
+        if function in _SINGLE and torch.is_autocast_enabled("cpu"):
+            args, kwargs = pytree.tree_map(_single, (args, kwargs))
         return function(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -135,6 +146,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.tracer.add("scaled_dot_product_attention_backward", 2)
         return None, *(_blank(t, t.shape[-1]) for t in ctx.like)
+
+
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _blank(like: Tensor, width: int) -> Tensor:

@@ -181,21 +181,19 @@ def _activate_anew(
 
 def _bind(
     numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor], saved: tuple[Tensor | None, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., tuple[Tensor | None, ...]], Sequence[int | None]] | None:
     name, p, dtype, bias_dtype, residual_dtype = numbers
-    dtypes = (dtype, dtype, bias_dtype, residual_dtype)
-    *wanted, dresidual = (dtype if need else None for dtype, need in zip(dtypes, needs, strict=False))
     if not any(needs[:3]):
         return None
+    wanted = (dtype if need else None for dtype, need in zip((dtype, dtype, bias_dtype), needs, strict=False))
     run = kernels("activation").bind_backward(*grads, *saved, *drop_numbers(p), name, *wanted)
     if run is None:
         return None
 
-    def back(grads: tuple[Tensor], saved: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        return *run(dy, *saved), _residual_gradient(dy, dresidual), None
+    def back(dy: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *run(dy, *saved), _residual_gradient(dy, residual_dtype)
 
-    return back
+    return (back if needs[3] else run), (0, 1, 2, 3, None)
 
 
 def _residual_gradient(dy: Tensor, dtype: torch.dtype | None) -> Tensor | None:

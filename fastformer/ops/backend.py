@@ -66,7 +66,7 @@ def backend_for(device: torch.device) -> str:
     """
     if _standing_in:
         return "triton"
-    choice = forced_backend()
+    choice = "auto" if state()[1] is None else forced_backend()
     kind = device.type
     if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return "torch"
@@ -111,7 +111,22 @@ def is_standing_in() -> bool:
     return _standing_in
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in for tensors on `device`, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors on `device`; False on devices that know none ("meta")."""
     kind = device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+@contextlib.contextmanager
+def autocast_off(device_type: str) -> Iterator[None]:
+    """No autocast for tensors on devices of a type on which it is on; cheaper than a `torch.autocast`."""
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, True)

@@ -20,8 +20,10 @@ from fastformer.ops.loss_rows import LossOptions, compose, row_weights
 from fastformer.ops.operator import Operator, differentiate, kernels
 from fastformer.ops.validate import check_tensor
 
-# Bytes of logits a block may hold, unless a twentieth of all logits is more: enough rows for the matrix products.
+# Bytes of logits a block may hold, unless a twentieth of all logits is more: enough rows for the matrix products of a
+# GPU; a CPU's need fewer, and its caches keep a small block.
 BLOCK_BYTES = 2**28
+BLOCK_BYTES_ON_CPU = 2**25
 # What the logits' gradient is multiplied by in fp16: p - 1 stays far below 65504, p of a rare class above 6e-8.
 HALF_UNIT = 256.0
 
@@ -85,7 +87,8 @@ def linear_cross_entropy(
 def _blocks(rows: Tensor, goal: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Blocks of rows whose logits fit `BLOCK_BYTES`, or a twentieth of all logits if that is more."""
     count, row_bytes = rows.shape[0], weight.shape[0] * rows.element_size()
-    size = max(BLOCK_BYTES // max(row_bytes, 1), count // 20, 1)
+    most = min(BLOCK_BYTES, BLOCK_BYTES_ON_CPU) if rows.device.type == "cpu" else BLOCK_BYTES
+    size = max(most // max(row_bytes, 1), count // 20, 1)
     if size > 128:
         size = size // 128 * 128
     return list(zip(rows.split(size), goal.split(size), strict=True)) if count else []
@@ -172,7 +175,8 @@ def _block_gradient(
 def loss_reference(
     logits: Tensor, goal: Tensor, class_weight: Tensor | None, scale: Tensor, options: LossOptions, needed: bool
 ) -> tuple[Tensor, Tensor]:
-    """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`.
+    """The kernels' formula in PyTorch: losses of rows, and the gradient of logits times `scale` if `needed`. Logits may
+    be written over.
 
     Spelled out rather than differentiated, since a registered operator runs below autograd.
     """
@@ -185,21 +189,31 @@ def loss_reference(
     place = goal.where(kept, 0).unsqueeze(-1)
     row_weight = row_weights(goal, class_weight, ignore_index).to(x.dtype).unsqueeze(-1)
     each = x.new_ones(classes) if class_weight is None else class_weight.to(x.dtype)
-    lse = x.logsumexp(-1, keepdim=True)
-    losses = (1 - smoothing) * row_weight * (lse - x.gather(-1, place)) + z_loss * row_weight * lse.square()
-    if smoothing:
-        losses += smoothing / classes * (each * (lse - x)).sum(-1, keepdim=True)
+    top, picked = x.amax(-1, keepdim=True), x.gather(-1, place)
+    top = top.where(top.isfinite(), 0.0)
+    below = (each * (top - x)).sum(-1, keepdim=True) if smoothing else None
+    # From here on x becomes exp(x - top), and that its own gradient: nothing else as large is made without smoothing
+    # or softcap.
+    gradient = x.sub_(top).exp_()
+    total = gradient.sum(-1, keepdim=True)
+    lse = top + total.log()
+    losses = (1 - smoothing) * row_weight * (top - picked + total.log()) + z_loss * row_weight * lse.square()
+    if below is not None:
+        losses += smoothing / classes * (below + each.sum() * total.log())
     losses = losses.squeeze(-1).where(kept, 0.0)
     if not needed:
         return losses, logits
-    p = torch.exp(x - lse)
-    gradient = (1 - smoothing + 2 * z_loss * lse) * row_weight * p
-    gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight)
+    row_weight = row_weight * scale
+    share = (1 - smoothing + 2 * z_loss * lse) * row_weight
     if smoothing:
-        gradient += smoothing / classes * (each.sum() * p - each)
+        spread = smoothing / classes * scale * each
+        gradient.mul_((share + spread.sum()) / total).sub_(spread)
+    else:
+        gradient.mul_(share / total)
+    gradient.scatter_add_(-1, place, (smoothing - 1) * row_weight)
     if cap:
-        gradient *= 1 - bent.square()
-    return losses, (gradient * scale).where(kept.unsqueeze(-1), 0.0).to(logits.dtype)
+        gradient.mul_(1 - bent.square())
+    return losses, gradient.masked_fill_(~kept.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -187,17 +187,11 @@ def _reduced_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ..
 
 def _bind(
     numbers: Reduction, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., tuple[Tensor]], Sequence[int | None]] | None:
     run = None
     if grads[0] is not None:
         run = kernels("loss").bind_backward(grads[0], *saved[:3], numbers.mean, *numbers.options, False)
-    if run is None:
-        return None
-
-    def back(grads: tuple[Tensor, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        return run(*grads, *saved), None, None
-
-    return back
+    return None if run is None else (lambda *tensors: (run(*tensors),), (0, None, None))
 
 
 def _reduced_second(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:

@@ -277,7 +277,7 @@ def _compose(
     """PyTorch's own operators: bit for bit the stock layer wherever stock accepts the dtypes."""
     total = input
     if residual is not None:
-        branch = dropout(input, p, seed)
+        branch = dropout(input, p, seed) if p else input
         if row_scale is not None:
             branch = (branch * row_scale.unsqueeze(-1)).to(branch.dtype)
         total = (residual + branch).to(sum_dtype)

@@ -121,10 +121,9 @@ def numbers_of(
 
 
 def _saved(numbers: Numbers, tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """z, statistics, weight, bias, row scale, seed."""
-    input, _, weight, bias, row_scale, seed, *_ = tensors
+    """z, statistics, weight, row scale, seed. No derivative depends on bias."""
     kept = len(results) == 3 and results[1] is not None
-    return results[1] if kept else input, results[-1], weight, bias, row_scale, seed
+    return results[1] if kept else tensors[0], results[-1], tensors[2], tensors[4], tensors[5]
 
 
 def _wanted(
@@ -143,7 +142,7 @@ _NOTHING = (None,) * 8
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
     if dy is None and dz is None:
         return None, None, None, None, *_NOTHING
-    total, stats, weight, _, row_scale, seed = ctx.saved_tensors
+    total, stats, weight, row_scale, seed = ctx.saved_tensors
     numbers = ctx.numbers
     wanted, shared = _wanted(numbers, ctx.needs_input_grad, row_scale, seed)
     if dy is None:
@@ -158,8 +157,11 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = N
 
 
 def _second(ctx: Any, dy: Tensor | None, dz: Tensor | None = None, _: None = None) -> tuple[Any, ...]:
-    total, _, weight, bias, row_scale, seed = ctx.saved_tensors
+    total, _, weight, row_scale, seed = ctx.saved_tensors
     p, eps, offset, rms, out_dtype, dtypes = ctx.numbers
+    bias = None
+    if ctx.needs_input_grad[3]:
+        bias = torch.zeros(total.shape[-1:], dtype=dtypes[3], device=total.device, requires_grad=True)
 
     def reference(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return affine_reference(total, weight, bias, eps, offset, rms).to(out_dtype)
@@ -203,25 +205,18 @@ def _run_backward_fake(dy, dz, total, stats, weight, row_scale, seed, p, offset,
 
 def _bind(
     numbers: Numbers, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., tuple[Tensor | None, ...]], Sequence[int | None]] | None:
     dy, dz = grads if len(grads) == 2 else (*grads, None)
     if dy is None:
         return None
-    total, stats, weight, _, row_scale, seed = saved
-    wanted, shared = _wanted(numbers, needs, row_scale, seed)
+    wanted, shared = _wanted(numbers, needs, *saved[3:])
     run = kernels("norm_backward").bind_backward(
-        dy, dz, total, stats, weight, row_scale, seed, *drop_numbers(numbers.p), numbers.offset, numbers.rms, *wanted
+        dy, dz, *saved, *drop_numbers(numbers.p), numbers.offset, numbers.rms, *wanted
     )
     if run is None:
         return None
-
-    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        dy, dz = grads if len(grads) == 2 else (*grads, None)
-        total, stats, weight, _, row_scale, seed = saved
-        dx, dr, dw, db = run(dy, dz, total, stats, weight, row_scale, seed)
-        return dr if shared else dx, dr, dw, db, None, None
-
-    return back
+    back = run if len(grads) == 2 else lambda dy, *saved: run(dy, None, *saved)
+    return back, (1 if shared else 0, 1, 2, 3, None, None)
 
 
 # Two registrations of one function: a norm alone has a single result, which is cheaper to hand out than two.

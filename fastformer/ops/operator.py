@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType, NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ _PLAIN = frozenset({Tensor, Parameter})
 # Asking a class is a third of the cost of isinstance, which for tensors runs Python.
 _NO_TENSOR = frozenset({NoneType, bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.maybe_current_level
 _autocasts = torch._C._is_any_autocast_enabled
@@ -54,18 +56,23 @@ class Kind:
     """One kind of call of an operator: what its calls share, derived by the first of them.
 
     Attributes:
-        operator: whose calls they are; `tensors` of the first one and `visible`, how many results a call hands out.
+        operator: whose calls they are.
         run: launches forward, `run(*tensors)` → the function's results; tensors are its leading arguments.
         recorded: whether autograd is to see the call.
+        needs: whether each tensor takes a gradient; `given` picks those that do. autograd is handed no others: an
+            argument more costs it 0.5 µs.
         numbers: what else backward needs to know, which no tensor tells.
-        shown: picks the results that a call hands out.
-        back: `back(grads, saved)` launches backward and returns a gradient (or None) for each tensor; None where the
-            operator's own backward runs.
+        shown: picks the results that a call hands out; `several` says that these are a tuple.
+        back: launches backward, `back(*grads, *saved)`; None where the operator's own backward runs.
+        gradients: picks what `given` picked from what `back` returns.
         layout: dtypes and strides of the last backward's gradients, for which `back` was made.
         hooked: whether hooks hold saved tensors elsewhere meanwhile, which may lay them out anew; `layout` covers them.
     """
 
-    __slots__ = ("back", "hooked", "layout", "numbers", "operator", "recorded", "run", "shown")
+    __slots__ = (
+        "back", "given", "gradients", "hooked", "layout", "needs", "numbers", "operator", "recorded", "run", "several",
+        "shown",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -75,41 +82,68 @@ class Kind:
         numbers: Any,
         visible: int | None = None,
     ) -> None:
+        """tensors: of the first call; visible: how many results a call hands out, as `Operator` takes it."""
         self.operator, self.run, self.numbers = operator, run, numbers
-        needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        # With forward-mode derivatives autograd says that there are none, instead of dropping the tangent.
-        self.recorded = needs or forward_ad._current_level >= 0
-        self.shown = _first_ones(visible)
-        self.back: Callable[..., tuple[Tensor | None, ...]] | None = None
-        self.layout: list[Any] | None = None
+        self.needs = [t is not None and t.requires_grad for t in tensors]
+        self.recorded = torch.is_grad_enabled() and any(self.needs)
+        self.given = _picker([place for place, need in enumerate(self.needs) if need])
+        self.shown, self.several = _first_ones(visible), visible not in (None, 1)
+        self.back: Callable[..., Any] | None = None
+        self.gradients: Callable[[Any], tuple[Tensor | None, ...]] | None = None
+        self.layout: Any = None
         self.hooked = _saved_tensors_hooks(True) is not None
 
     def __call__(self, *tensors: Tensor | None) -> Any:
         if self.recorded:
-            return self.operator.apply_kind(*tensors, self)
+            return self.operator.apply_kind(*self.given(tensors), (self, tensors))
         return self.shown(self.run(*tensors))
+
+    def bind(self, layout: Any, grads: tuple[Tensor | None, ...], saved: tuple[Tensor | None, ...]) -> None:
+        """Make `back` for tensors laid out like these."""
+        self.layout, self.back = layout, None
+        bound = self.operator.bind(self.numbers, self.needs, grads, saved)
+        if bound is not None:
+            self.back, places = bound
+            self.gradients = _picker([place for place, need in zip(places, self.needs, strict=True) if need])
+
+
+class _Context(NamedTuple):
+    """What an operator's own backward reads of autograd's context, for a call that had a kind."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: list[bool]
+    numbers: Any
 
 
 class Kinds:
-    """The kinds of calls of one function, found by all that decides on checks, route and launches."""
+    """The kinds of calls of one function, found by all that decides on checks, route and launches. Where nothing has a
+    derivative, any function of a call's tensors can stand for a `Kind`."""
 
     __slots__ = ("found",)
 
     def __init__(self) -> None:
-        self.found: dict[Any, Kind] = {}
+        self.found: dict[Any, Callable[..., Any]] = {}
 
-    def find(self, numbers: Any, *tensors: Tensor | None) -> tuple[Any, Kind | None]:
-        """(key of a call, its kind if that is known); (None, None) for calls that take no kind's way: watched ones, and
-        those whose arguments are wrong or strange. The first tensor's device decides on autocast."""
-        if _is_watched():
+    def find(self, numbers: Any, *tensors: Tensor | None) -> tuple[Any, Callable[..., Any] | None]:
+        """(key of a call, its kind if that is known); (None, None) for calls that take no kind's way: watched ones,
+        those with forward-mode derivatives, those whose arguments are wrong or strange. The first tensor's device
+        decides on autocast."""
+        if (
+            _is_compiling()
+            or _functorch_level() is not None
+            or forward_ad._current_level >= 0
+            or (_dispatch_modes() > 0 and not backend.is_standing_in())
+        ):
             return None, None
         try:
+            # PyTorch's operators need no preparation.
+            if tensors[0].is_cpu and backend.backend_for(tensors[0].device) == "torch":  # type: ignore[union-attr]
+                return None, None
             key = (
                 numbers,
-                torch.is_grad_enabled(),
-                forward_ad._current_level,
+                _grad_enabled(),
                 _saved_tensors_hooks(True) is None,
-                _autocasts() and backend.autocasts(tensors[0].device),  # type: ignore[union-attr]
+                _autocasts() and backend.autocast_dtype(tensors[0].device),  # type: ignore[union-attr]
                 backend.state(),
                 *[
                     None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
@@ -121,7 +155,7 @@ class Kinds:
             # No tensor, or one without strides: the checks that follow say so.
             return None, None
 
-    def keep(self, key: Any, kind: Kind) -> Kind:
+    def keep(self, key: Any, kind: Callable[..., Any]) -> Callable[..., Any]:
         """Remember a kind of call whose arguments are right and all of `is_plain`."""
         if len(self.found) >= KEPT:
             self.found.clear()
@@ -193,9 +227,10 @@ class Operator(Kernel):
         visible: how many of the function's results, the first ones, a call hands out (one: as a tensor); the rest are
             for backward alone and have no derivative. On the light route they are no outputs, which saves their
             bookkeeping. None: all of them.
-        saved: `(numbers, tensors, results)`, what setup_context saves, for calls of a `Kind`; `ctx.numbers` is the
-            kind's.
-        bind: `(numbers, needs, grads, saved)`, a kind's `back` for tensors laid out like these, or None.
+        saved: `(numbers, tensors, results)`, what setup_context saves, for calls of a `Kind`; backward and second then
+            find the kind's numbers in `ctx.numbers`.
+        bind: `(numbers, needs, grads, saved)`, of a kind its `back` for tensors laid out like these, and where in that
+            one's result the gradient of each tensor stands (None: nowhere); or None.
     """
 
     def __init__(
@@ -208,9 +243,10 @@ class Operator(Kernel):
         second: Callable[..., Any] | None = None,
         visible: int | None = None,
         saved: Callable[..., tuple[Tensor | None, ...]] | None = None,
-        bind: Callable[..., Callable[..., Any] | None] | None = None,
+        bind: Callable[..., tuple[Callable[..., Any], Sequence[int | None]] | None] | None = None,
     ) -> None:
         super().__init__(name, function, fake)
+        self.bind = bind or (lambda *_: None)
         shown = self.shown = _first_ones(visible)
 
         def guarded(ctx: Any, *grads: Any) -> Any:
@@ -237,29 +273,31 @@ class Operator(Kernel):
 
         self.op.register_autograd(guarded, setup_context=setup)
         self.apply_light = _apply(f"{name}_light", forward, guarded)
-        if saved is not None and bind is not None:
+        if saved is not None:
 
             def forward_of_kind(ctx: Any, *args: Any) -> Any:
-                kind = ctx.kind = args[-1]
-                numbers = ctx.numbers = kind.numbers
-                results = kind.run(*args[:-1])
-                ctx.save_for_backward(*saved(numbers, args, results))
-                shown = kind.shown(results)
-                if type(shown) is tuple:
+                kind, tensors = args[-1]
+                ctx.kind = kind
+                results = kind.run(*tensors)
+                ctx.save_for_backward(*saved(kind.numbers, tensors, results))
+                if kind.several:
                     ctx.set_materialize_grads(False)
-                return shown
+                return kind.shown(results)
 
             def backward_of_kind(ctx: Any, *grads: Any) -> Any:
-                if not torch.is_grad_enabled() and not _is_watched():
-                    kind, tensors = ctx.kind, ctx.saved_tensors
-                    laid = (*grads, *tensors) if kind.hooked else grads
-                    layout = [None if t is None else (t.dtype, t.stride()) for t in laid]
+                kind, tensors = ctx.kind, ctx.saved_tensors
+                if not _grad_enabled() and not _is_watched():
+                    if len(grads) == 1 and grads[0] is not None and not kind.hooked:
+                        layout: Any = grads[0].dtype, grads[0].stride()
+                    else:
+                        laid = (*grads, *tensors) if kind.hooked else grads
+                        layout = [None if t is None else (t.dtype, t.stride()) for t in laid]
                     if layout != kind.layout:
-                        kind.back = bind(kind.numbers, ctx.needs_input_grad, grads, tensors)
-                        kind.layout = layout
+                        kind.bind(layout, grads, tensors)
                     if kind.back is not None:
-                        return *kind.back(grads, tensors), None
-                return guarded(ctx, *grads)[: len(ctx.needs_input_grad)]
+                        return *kind.gradients(kind.back(*grads, *tensors)), None
+                found = guarded(_Context(tensors, kind.needs, kind.numbers), *grads)
+                return *kind.given(found), None
 
             self.apply_kind = _apply(f"{name}_kind", forward_of_kind, backward_of_kind)
 
@@ -287,6 +325,30 @@ def _apply(name: str, forward: Callable[..., Any], backward: Callable[..., Any])
     # Called as it is, without BackwardCFunction's choice between backward and vjp.
     function._backward_cls.apply = backward
     return super(torch.autograd.Function, function).apply
+
+
+def _picker(places: Sequence[int | None]) -> Callable[[Any], tuple[Any, ...]]:
+    """Picks these places of a tuple or list, in C where there are several; None where a place is None."""
+    if len(places) > 1 and None not in places:
+        return operator.itemgetter(*places)
+    return lambda items: tuple([None if place is None else items[place] for place in places])
+
+
+def light(function: Any) -> Callable[..., Any]:
+    """`function.apply` of an autograd Function with a setup_context of its own, which makes PyTorch bind every call's
+    arguments through inspect.signature: in plain eager mode the same forward and backward run without that."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    apply = _apply(f"{function.__name__}_light", forward, function.backward)
+
+    def call(*args: Any) -> Any:
+        return function.apply(*args) if _is_watched() else apply(*args)
+
+    return call
 
 
 def _first_ones(count: int | None) -> Callable[[Any], Any]:

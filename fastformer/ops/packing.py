@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import is_plain, kernels, on_its_device
+from fastformer.ops.operator import is_plain, kernels, light, on_its_device
 from fastformer.ops.validate import FLOATS
 
 # On a GPU, matrix products want a token count that is a multiple of a tile; the surplus rows belong to no sequence.
@@ -36,6 +37,7 @@ class Packing:
         rows: rows of a packed tensor, `tokens` rounded up; rows from `tokens` on belong to no sequence.
         starts_real: whether the first place of every padded row that has real tokens is one of them.
         contiguous: whether the real tokens of every padded row stand side by side.
+        begins_all: whether every row begins with a real token, as far as that is known on the host.
         inverse: int64 [batch * seqlen], packed token of each place or -1; None where nobody has made it.
         place: what `positions` gives; None where nobody has made it.
     """
@@ -51,6 +53,7 @@ class Packing:
     contiguous: bool = True
     inverse: Tensor | None = None
     place: Tensor | None = None
+    begins_all: bool = False
 
     @staticmethod
     def from_mask(mask: Tensor) -> Packing:
@@ -80,6 +83,8 @@ class Packing:
             if mask.ndim != 2:
                 raise ValueError(f"mask must have shape (batch, seqlen), got {tuple(mask.shape)}")
         fused = all(map(_is_for_kernels, masks))
+        if not fused and all(mask.device.type == "cpu" for mask in masks):
+            return [_from_facts(mask, _facts_here(mask != 0), None) for mask in masks]
         facts = [_fused_facts(mask) if fused else _facts(mask != 0) for mask in masks]
         # The one wait for the device: lengths decide the shapes of everything that follows.
         read = (facts[0] if len(facts) == 1 else torch.cat(facts)).tolist()
@@ -142,15 +147,19 @@ class Packing:
         if padded.shape[:2] != (self.batch, self.seqlen):
             raise ValueError(f"padded must have shape ({self.batch}, {self.seqlen}, ...), got {tuple(padded.shape)}")
         flat = padded.flatten(0, 1)
-        return flat if self.is_whole else _Pack.apply(flat, self.indices, self.inverse, self.rows)
+        return flat if self.is_whole else _pack(flat, self.indices, self.inverse, self.rows)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[rows, ...] to [batch, seqlen, ...]; places without a token are zero."""
         if packed.shape[0] != self.rows:
             raise ValueError(f"packed must have {self.rows} rows, got shape {tuple(packed.shape)}")
         size = self.batch * self.seqlen
-        flat = packed if self.is_whole else _Pad.apply(packed, self.indices, self.inverse, size)
+        flat = packed if self.is_whole else _pad(packed, self.indices, self.inverse, size)
         return flat.unflatten(0, (self.batch, self.seqlen))
+
+    def first(self, packed: Tensor) -> Tensor:
+        """[rows, ...] to [batch, ...], the first token of every sequence; `begins_all` must hold."""
+        return _pack(packed, self.cu_seqlens[:-1].long(), None, self.batch)
 
 
 def _facts(real: Tensor) -> Tensor:
@@ -158,6 +167,14 @@ def _facts(real: Tensor) -> Tensor:
     after it."""
     rises = real[:, 1:] & ~real[:, :-1]
     return torch.stack((real.sum(dim=1), real[:, :1].sum(dim=1), rises.sum(dim=1)), dim=1)
+
+
+def _facts_here(real: Tensor) -> list[list[int]]:
+    """What `_facts` says, on the host: padding is mostly on the right, where lengths tell all."""
+    lengths = real.sum(dim=1)
+    if torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None]):
+        return [[length, int(length > 0), 0] for length in lengths.tolist()]
+    return _facts(real).tolist()
 
 
 def _is_for_kernels(mask: Tensor) -> bool:
@@ -195,16 +212,27 @@ def _from_facts(mask: Tensor, read: list[list[int]], facts: Tensor | None) -> Pa
         indices, inverse, cu_seqlens, place = _fused_places(mask, facts, tokens, rows)
     else:
         flat = (mask != 0).flatten()
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        cu_seqlens = torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int32)
         if mask.device.type == "cpu":
             indices = flat.nonzero().squeeze(1)
         else:
             # A stable sort puts the real places first, in order; nonzero() would wait for the device once more.
             indices = torch.argsort(flat.to(torch.uint8), descending=True, stable=True)[:tokens]
             cu_seqlens = cu_seqlens.to(mask.device, non_blocking=True)
-    longest = max(lengths, default=0)
-    return Packing(indices, cu_seqlens, longest, batch, seqlen, tokens, rows, starts_real, contiguous, inverse, place)
+    return Packing(
+        indices,
+        cu_seqlens,
+        max(lengths, default=0),
+        batch,
+        seqlen,
+        tokens,
+        rows,
+        starts_real,
+        contiguous,
+        inverse,
+        place,
+        begins_all=all(first for _, first, _ in read),
+    )
 
 
 def _is_for_moving(source: Tensor, places: Tensor | None) -> bool:
@@ -246,7 +274,7 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Pad.apply(grad, *ctx.saved_tensors, ctx.size), None, None, None
+        return _pad(grad, *ctx.saved_tensors, ctx.size), None, None, None
 
 
 class _Pad(torch.autograd.Function):
@@ -262,4 +290,7 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Pack.apply(grad, *ctx.saved_tensors, ctx.rows), None, None, None
+        return _pack(grad, *ctx.saved_tensors, ctx.rows), None, None, None
+
+
+_pack, _pad = light(_Pack), light(_Pad)

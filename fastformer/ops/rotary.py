@@ -192,11 +192,13 @@ def rotary_reference(
     """The same in PyTorch for one (B, S, H, D) tensor, in float32 at least."""
     batch, length = x.shape[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    if position is None:
-        first = batch if by_token else 1
-        position = torch.arange(first * length, device=x.device).view(first, length).expand(batch, -1)
-    c, s = (table.to(wide)[position].unsqueeze(2) for table in (cos, sin))  # (B, S, 1, R / 2)
     half = cos.shape[-1]
+    if position is not None:
+        c, s = (table.to(wide)[position] for table in (cos, sin))
+    else:
+        first = batch if by_token else 1
+        c, s = (table[: first * length].to(wide).view(first, length, half) for table in (cos, sin))
+    c, s = c.unsqueeze(2), s.unsqueeze(2)  # (B or 1, S, 1, R / 2)
     y = x.to(wide)
     if interleaved:
         a, b = y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2]
@@ -204,7 +206,8 @@ def rotary_reference(
     else:
         a, b = y[..., :half], y[..., half : 2 * half]
         turned = torch.cat((a * c - b * s, b * c + a * s), -1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), -1)
+    turned = turned.to(x.dtype)
+    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), -1)
 
 
 def _run(
@@ -264,21 +267,20 @@ def _tables(numbers: _Numbers, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, 
 
 def _bind(
     numbers: _Numbers, needs: Sequence[bool], grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]
-) -> Callable[..., tuple[Tensor | None, ...]] | None:
+) -> tuple[Callable[..., list[Tensor]], Sequence[int | None]] | None:
     tables, present = _tables(numbers, saved), [g for g in grads if g is not None]
     if not present or not _same_memory(tables, saved):
         return None
     options = (numbers.interleaved, numbers.by_token, True)
     run = kernels("rotary").bind(present[0], present[1] if len(present) == 2 else None, *tables, *options)
+    if len(present) == 2:
+        return run, (0, 1, None, None, None)
+    alone = int(grads[0] is None)
 
-    def back(grads: tuple[Tensor | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        dquery, dkey = grads if len(grads) == 2 else (*grads, None)
-        if dquery is None:
-            return None, *run(dkey, None, *saved), None, None, None
-        found = run(dquery, dkey, *saved)
-        return found[0], None if dkey is None else found[1], None, None, None
+    def back(*tensors: Tensor | None) -> list[Tensor]:
+        return run(tensors[alone], None, *tensors[len(grads) :])
 
-    return back
+    return back, (None if alone else 0, 0 if alone else None, None, None, None)
 
 
 def _through(ctx: Any, grads: tuple[Any, ...], turn: Callable[..., Any]) -> tuple[Any, ...]:

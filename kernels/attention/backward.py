@@ -4,6 +4,7 @@
 - Short sequences take the one kernel of `short`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +12,15 @@ from torch import Tensor
 
 from fastformer.kernels.attention.backward_key import backward_key
 from fastformer.kernels.attention.backward_query import backward_query
-from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import (
-    backward_config,
-    short_config,
-    takes_short_backward,
-    wide_constants,
-)
+from fastformer.kernels.attention.call import Call, as_bytes
+from fastformer.kernels.attention.config import backward_config, bind, short_config, takes_short_backward
 from fastformer.kernels.attention.short import short_backward
 from fastformer.kernels.attention.wide import wide_key, wide_query
+from fastformer.kernels.launch import Bound
 from fastformer.kernels.rows import cdiv
 from fastformer.kernels.targets import hopper_chosen, target_of
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def attention_backward(
@@ -43,97 +42,124 @@ def attention_backward(
     Returns:
         dQ, dK, dV, and delta (like lse): rowsum(dO * O) - dLSE.
     """
-    query, key, value = call.query, call.key, call.value
-    dq, dk, dv = into or (call.empty_like(x) for x in (query, key, value))
+    if not hopper_chosen(call.query.device):
+        return bind_backward(call, out, grad_out, grad_lse, into)(*call.tensors, out, lse, grad_out, grad_lse, into)
+    from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
+
+    dq, dk, dv = into or [call.empty_like(x) for x in (call.query, call.key, call.value)]
     delta = torch.empty_like(lse)
-    l_sb, l_sh = (0, query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
-    dl_strides: tuple[int, ...]
-    if grad_lse is None:
-        dl_strides = (0, 0, 0)
-    else:
-        dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
-    numbers = (call.scale, *call.scales, call.left, call.right, call.threshold, call.keep_scale)
-    batches = call.batch + call.packed
-
-    def prepare_short() -> tuple[Any, ...]:
-        target = target_of(query.device)
-        config = short_config(target, call, "short backward")
-        others = (
-            *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(grad_out),
-            *call.strides(dq), *call.strides(dk), *call.strides(dv), l_sb, l_sh, *dl_strides, *call.mask_strides,
-            call.slope_stride, call.heads, call.q_len, call.k_len,
-            *((query.shape[0], key.shape[0]) if call.packed else (0, 0)), call.batch, *numbers,
-        )  # fmt: skip
-        constants = {**call.constants, "ONCE": call.q_len <= config.block_m, **config.options(target)}
-        return short_backward, (call.kv_heads * batches,), others, constants
-
-    def prepare_query() -> tuple[Any, ...]:
-        target = target_of(query.device)
-        config = backward_config(target, call)[0]
-        tiles = max(1, cdiv(call.q_len, config.block_m))
-        others = (
-            *call.strides(query), *call.strides(key), *call.strides(value), *call.strides(out),
-            *call.strides(grad_out), *call.strides(dq), l_sb, l_sh, *dl_strides, *call.mask_strides, call.slope_stride,
-            tiles, call.heads, call.q_len, call.k_len, query.shape[0] if call.packed else 0, call.batch, *numbers,
-        )  # fmt: skip
-        programs = tiles * call.heads * batches
-        if call.wide:
-            constants, parts = wide_constants(target, call, call.head_dim)
-            others = (*others, call.head_dim, call.value_dim)
-            return wide_query, (parts * programs,), others, {**constants, **config.options(target)}
-        return backward_query, (programs,), others, {**call.constants, **config.options(target)}
-
-    def prepare_key() -> tuple[Any, ...]:
-        target = target_of(query.device)
-        config = backward_config(target, call)[1]
-        tiles = max(1, cdiv(call.k_len, config.block_n))
-        others = (
-            *call.strides(query), *call.strides(key), *call.strides(value),
-            *call.strides(grad_out), *call.strides(dk), *call.strides(dv), l_sb, l_sh,
-            *call.mask_strides, call.slope_stride,
-            tiles, call.heads, call.q_len, call.k_len, key.shape[0] if call.packed else 0, call.batch, *numbers,
-        )  # fmt: skip
-        programs = tiles * call.kv_heads * batches
-        if call.wide:
-            constants, parts = wide_constants(target, call, max(call.head_dim, call.value_dim))
-            others = (*others, call.head_dim, call.value_dim)
-            return wide_key, (parts * programs,), others, {**constants, **config.options(target)}
-        return backward_key, (programs,), others, {**call.constants, **config.options(target)}
-
-    if takes_short_backward(target_of(query.device), call) and not hopper_chosen(query.device):
-        if query.numel() or key.numel() or value.numel():
-            call.launch(
-                ("short backward", grad_out.stride(), dl_strides, dq.stride(), dk.stride(), dv.stride()),
-                (
-                    query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, call.mask, call.slopes, call.seed,
-                    call.cu_q, call.cu_k,
-                ),
-                prepare_short,
-            )  # fmt: skip
-        return dq, dk, dv, delta
-    hopper = False
-    if hopper_chosen(query.device):
-        from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
-
-        hopper = hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq)
-    if (query.numel() or out.numel()) and not hopper:
-        call.launch(
-            ("dQ", out.stride(), grad_out.stride(), dl_strides, dq.stride()),
-            (
-                query, key, value, out, grad_out, lse, grad_lse, delta, dq, call.mask, call.slopes, call.seed,
-                call.cu_q, call.cu_k,
-            ),
-            prepare_query,
-        )  # fmt: skip
-    if hopper_chosen(query.device):
-        hopper = hopper_backward_key(call, lse, delta, grad_out, dk, dv)
-    if (key.numel() or value.numel()) and not hopper:
-        call.launch(
-            ("dK and dV", grad_out.stride(), dk.stride(), dv.stride()),
-            (
-                query, key, value, grad_out, lse, delta, dk, dv, call.mask, call.slopes, call.seed,
-                call.cu_q, call.cu_k,
-            ),
-            prepare_key,
-        )  # fmt: skip
+    places = (call.mask, call.slopes, call.seed, call.cu_q, call.cu_k)
+    layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
+    if not hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq) and lse.numel():
+        by_query = call.once(("dQ", *layouts), lambda: _by_query(call, *layouts))
+        by_query(call.query, call.key, call.value, out, grad_out, lse, grad_lse, delta, dq, *places)
+    if not hopper_backward_key(call, lse, delta, grad_out, dk, dv) and call.key.numel():
+        by_key = call.once(("dK and dV", *layouts), lambda: _by_key(call, *layouts))
+        by_key(call.query, call.key, call.value, grad_out, lse, delta, dk, dv, *places)
     return dq, dk, dv, delta
+
+
+def bind_backward(
+    call: Call,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Backward:
+    """`attention_backward` by the portable kernels, as a function of `Call.tensors` and its other arguments, for all
+    calls with these numbers whose other arguments lie in memory like these."""
+    layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, *(into or ()))]
+    return call.once(("backward", call.short_backward, *layouts), lambda: _backward_of(call, *layouts))
+
+
+# Strides of a tensor, None where there is none.
+_Layout = tuple[int, ...] | None
+
+
+def _backward_of(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, *into: Any) -> Backward:
+    device, dtype = call.query.device, call.query.dtype
+    made = [call.layout_like(x) for x in (call.query, call.key, call.value)]
+    layouts = (out, grad_out, grad_lse, *(into or [strides for _, strides in made]))
+    short = takes_short_backward(target_of(device), call)
+    if short:
+        all_three = _by_short(call, *layouts)
+    else:
+        by_query, by_key = _by_query(call, *layouts), _by_key(call, *layouts)
+    rows, keys = call.query.numel() > 0, call.key.numel() > 0
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
+        slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
+        grad_lse: Tensor | None, into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        dq, dk, dv = into or [torch.empty_strided(*where, dtype=dtype, device=device) for where in made]
+        delta = torch.empty_like(lse)
+        places = (as_bytes(mask), slopes, seed, cu_q, cu_k)
+        if short:
+            if rows or keys:
+                all_three(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
+            return dq, dk, dv, delta
+        if rows:
+            by_query(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
+        if keys:
+            by_key(query, key, value, grad_out, lse, delta, dk, dv, *places)
+        return dq, dk, dv, delta
+
+    return run
+
+
+def _lse_strides(call: Call, grad_lse: _Layout) -> tuple[int, ...]:
+    """(batch, head, token) strides of the gradient of the LSE."""
+    if grad_lse is None:
+        return 0, 0, 0
+    return (0, *grad_lse) if call.packed else grad_lse
+
+
+def _rules(call: Call) -> tuple[Any, ...]:
+    return call.scale, *call.scales, call.left, call.right, call.threshold, call.keep_scale
+
+
+def _by_short(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, dq: Any, dk: Any, dv: Any) -> Bound:
+    target = target_of(call.query.device)
+    config = short_config(target, call, "short backward")
+    others = (
+        *call.strides(call.query), *call.strides(call.key), *call.strides(call.value), *call.along(grad_out),
+        *call.along(dq), *call.along(dk), *call.along(dv), *call.row_strides(), *_lse_strides(call, grad_lse),
+        *call.mask_strides, call.slope_stride, call.heads, call.q_len, call.k_len, *_tokens(call), call.batch,
+        *_rules(call),
+    )  # fmt: skip
+    constants = {**call.constants, "ONCE": call.q_len <= config.block_m, **config.options(target)}
+    return Bound(short_backward, (call.kv_heads * (call.batch + call.packed),), others, constants)
+
+
+def _by_query(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, dq: Any, dk: Any, dv: Any) -> Bound:
+    target = target_of(call.query.device)
+    config = backward_config(target, call)[0]
+    tiles = max(1, cdiv(call.q_len, config.block_m))
+    others = (
+        *call.strides(call.query), *call.strides(call.key), *call.strides(call.value), *call.along(out),
+        *call.along(grad_out), *call.along(dq), *call.row_strides(), *_lse_strides(call, grad_lse),
+        *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, _tokens(call)[0], call.batch,
+        *_rules(call),
+    )  # fmt: skip
+    programs = tiles * call.heads * (call.batch + call.packed)
+    return bind(target, call, backward_query, wide_query, programs, others, config, call.head_dim)
+
+
+def _by_key(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, dq: Any, dk: Any, dv: Any) -> Bound:
+    target = target_of(call.query.device)
+    config = backward_config(target, call)[1]
+    tiles = max(1, cdiv(call.k_len, config.block_n))
+    others = (
+        *call.strides(call.query), *call.strides(call.key), *call.strides(call.value), *call.along(grad_out),
+        *call.along(dk), *call.along(dv), *call.row_strides(), *call.mask_strides, call.slope_stride,
+        tiles, call.heads, call.q_len, call.k_len, _tokens(call)[1], call.batch, *_rules(call),
+    )  # fmt: skip
+    programs = tiles * call.kv_heads * (call.batch + call.packed)
+    columns = max(call.head_dim, call.value_dim)
+    return bind(target, call, backward_key, wide_key, programs, others, config, columns)
+
+
+def _tokens(call: Call) -> tuple[int, int]:
+    """Packed tokens of queries and of keys, 0 of dense calls."""
+    return (call.query.shape[0], call.key.shape[0]) if call.packed else (0, 0)

@@ -1,20 +1,20 @@
 """One call of an attention kernel: its tensors, and the numbers every launcher derives from them.
 
 Those numbers follow from shapes, strides, dtypes and options alone, so they are derived once for each combination, and
-with them the launches are prepared: a training step repeats the same few calls in every layer.
+with them whatever launchers make of them: a training step repeats the same few calls in every layer.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastformer.kernels.launch import Prepared
 from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import interpreting, target_of
 
+_Made = TypeVar("_Made")
 _LOG2E = 1.0 / math.log(2.0)
 _BOOL, _BYTE = torch.bool, torch.uint8
 
@@ -28,6 +28,11 @@ _derived: dict[Any, dict[str, Any]] = {}
 def forget() -> None:
     """Derive and prepare anew from now on, as after a change of the tiles."""
     _derived.clear()
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as the kernels read it."""
+    return mask.view(_BYTE) if mask is not None and mask.dtype == _BOOL else mask
 
 
 class Call:
@@ -68,7 +73,7 @@ class Call:
     short_backward: bool
     wide: bool
     constants: dict[str, Any]
-    _launches: dict[Any, Prepared]
+    _made: dict[Any, Any]
 
     def __init__(
         self,
@@ -101,9 +106,9 @@ class Call:
         numbers = (batch, max_q, max_k, dropout_p, threshold, causal, scale, bottom_right, left, right, softcap, uneven)
         signature = (
             *((x.shape, x.stride()) for x in (query, key, value)),
-            *(None if x is None else x.shape for x in (slopes, sinks, cu_q)),
+            *(None if x is None else (x.shape, x.dtype) for x in (slopes, sinks)),
             None if mask is None else (mask.stride(), mask.dtype),
-            query.dtype,
+            (query.dtype, query.device, cu_q is None, seed is None),
             numbers,
         )
         derived = _derived.get(signature)
@@ -114,42 +119,54 @@ class Call:
         vars(self).update(derived)
         self.query, self.key, self.value = query, key, value
         self.cu_q, self.cu_k, self.slopes, self.sinks, self.seed = cu_q, cu_k, slopes, sinks, seed
-        # A bool mask is read as bytes.
-        self.mask = mask.view(_BYTE) if mask is not None and mask.dtype == _BOOL else mask
+        self.mask = as_bytes(mask)
 
-    def launch(
-        self,
-        name: object,
-        tensors: tuple[Tensor | None, ...],
-        prepare: Callable[[], tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]],
-    ) -> None:
-        """Launch on `tensors` what `prepare` says: (kernel, grid, other arguments, constants and launch options).
+    def once(self, name: object, make: Callable[[], _Made]) -> _Made:
+        """What `make` made for the first of all calls with these numbers on this target. It must hold no tensor.
 
         Args:
-            name: of the launch, with whatever else `prepare` depends on besides this call's own numbers and the
-                target. Same name, same launch.
+            name: of what is made, with whatever it depends on besides the call's numbers. Same name, same thing.
         """
         key = (name, target_of(self.query.device))
-        prepared = self._launches.get(key)
-        if prepared is None:
-            prepared = self._launches[key] = Prepared(*prepare())
-        prepared(*tensors)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+        return found
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Query, key, value, boundaries of queries and keys, mask, slopes, sinks, seed."""
+        return (
+            self.query, self.key, self.value, self.cu_q, self.cu_k, self.mask, self.slopes, self.sinks, self.seed
+        )  # fmt: skip
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """(batch, head, token) strides of a tensor laid out like query."""
-        if self.packed:
-            return 0, x.stride(1), x.stride(0)
-        return x.stride(0), x.stride(1), x.stride(2)
+        return self.along(x.stride())
 
-    def empty_like(self, x: Tensor, last: int | None = None) -> Tensor:
-        """Uninitialised tensor of x's shape (with another last dimension), tokens outside heads in memory."""
+    def along(self, strides: tuple[int, ...]) -> tuple[int, int, int]:
+        """The same of its strides."""
+        return (0, strides[1], strides[0]) if self.packed else (strides[0], strides[1], strides[2])
+
+    def layout_like(self, x: Tensor, last: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of a tensor of x's shape (with another last dimension), tokens outside heads in memory."""
         last = x.shape[-1] if last is None else last
-        if self.packed:
-            return torch.empty((x.shape[0], x.shape[1], last), dtype=x.dtype, device=x.device)
-        batch, heads, length, _ = x.shape
         row = max(last, 1)
+        if self.packed:
+            tokens, heads, _ = x.shape
+            return (tokens, heads, last), (max(heads, 1) * row, row, 1)
+        batch, heads, length, _ = x.shape
         strides = (max(length, 1) * max(heads, 1) * row, row, max(heads, 1) * row, 1)
-        return torch.empty_strided((batch, heads, length, last), strides, dtype=x.dtype, device=x.device)
+        return (batch, heads, length, last), strides
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Uninitialised tensor of that layout."""
+        shape, strides = self.layout_like(x)
+        return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+    def row_strides(self) -> tuple[int, int]:
+        """(batch, head) strides of the LSE and of delta."""
+        return (0, self.query.shape[0]) if self.packed else (self.heads * self.q_len, self.q_len)
 
 
 def _derive(
@@ -236,5 +253,5 @@ def _derive(
             # fp32 is fp32: no TF32 rounding of the inputs.
             "PRECISION": "ieee",
         },
-        "_launches": {},
+        "_made": {},
     }

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastformer.kernels.attention.score import LN2, LOG2E
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.rows import cdiv, power_of_two
 from fastformer.kernels.targets import Target
 
@@ -69,7 +69,7 @@ def _combine(
     tl.store(OUT + row * VALUE_DIM + dv, (acc / total).to(OUT.dtype.element_ty), mask=dv < VALUE_DIM)
 
 
-def prepare_combine(tokens: int, heads: int, q_len: int, splits: int, value_dim: int) -> Prepared:
+def bind_combine(tokens: int, heads: int, q_len: int, splits: int, value_dim: int) -> Bound:
     """The launch over `tokens` queries of all sequences, on (part, stats, out, lse, sinks)."""
     block_v = max(16, power_of_two(value_dim))
     constants = {
@@ -79,4 +79,4 @@ def prepare_combine(tokens: int, heads: int, q_len: int, splits: int, value_dim:
         "CHUNK": max(1, min(16, 4096 // block_v)),
         "num_warps": 4,
     }
-    return Prepared(_combine, (tokens * heads,), (heads, q_len, splits), constants)
+    return Bound(_combine, (tokens * heads,), (heads, q_len, splits), constants)

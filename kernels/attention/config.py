@@ -12,6 +12,7 @@ import torch
 
 from fastformer.kernels.attention import tiles
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.launch import Bound
 from fastformer.kernels.rows import power_of_two
 from fastformer.kernels.targets import Target
 
@@ -210,3 +211,25 @@ def map_config(target: Target, call: Call) -> tuple[Config, int]:
     if target.name == "interpreter":
         return _INTERPRETER, 16
     return _MAPS_SINGLE if call.query.dtype == torch.float32 else _MAPS
+
+
+def bind(
+    target: Target,
+    call: Call,
+    kernel: Any,
+    wide_kernel: Any,
+    programs: int,
+    numbers: tuple[Any, ...],
+    config: Config,
+    columns: int,
+) -> Bound:
+    """The launch of a kernel, or for wide heads of the one of `wide` whose outputs have so many columns.
+
+    Args:
+        programs: of the kernel; the other one has more. numbers: its arguments behind the tensors, likewise.
+    """
+    if not call.wide:
+        return Bound(kernel, (programs,), numbers, {**call.constants, **config.options(target)})
+    constants, parts = wide_constants(target, call, columns)
+    numbers = (*numbers, call.head_dim, call.value_dim)
+    return Bound(wide_kernel, (parts * programs,), numbers, {**constants, **config.options(target)})

@@ -10,6 +10,8 @@
   places of the cache, or behind a window, reach nothing.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.attention.combine import count_splits, prepare_combine
+from fastformer.kernels.attention.combine import bind_combine, count_splits
 from fastformer.kernels.attention.config import decode_config
 from fastformer.kernels.attention.score import LN2, LOG2E, key_range, score_tile, sound_rows
-from fastformer.kernels.launch import Prepared, launcher
+from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.rows import cdiv, power_of_two
 from fastformer.kernels.targets import Target, target_of
 
@@ -259,15 +261,9 @@ class Rules(NamedTuple):
     interleaved: bool
 
 
-class _Plan(NamedTuple):
-    append: Prepared | None
-    attend: Prepared
-    combine: Prepared | None
-    splits: int
-
-
+Decode = Callable[..., tuple[Tensor, Tensor]]
 _KEPT = 256
-_plans: dict[Any, _Plan] = {}
+_bound: dict[Any, Decode] = {}
 
 
 def attention_decode(
@@ -295,51 +291,47 @@ def attention_decode(
     Returns:
         output (B, Sq, H, Dv), LSE (B, H, Sq) fp32, contiguous.
     """
-    batch, q_len, heads, _ = query.shape
-    value_dim = v_cache.shape[-1]
-    out = torch.empty((batch, q_len, heads, value_dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
-    target = target_of(query.device)
-    tensors = (query, k_cache, v_cache, table, k, v, cos, sin)
+    tensors = (query, k_cache, v_cache, seqlens, table, k, v, cos, sin, slopes, sinks)
+    return bind_decode(*tensors, rules)(*tensors)
+
+
+def bind_decode(*arguments: Any) -> Decode:
+    """`attention_decode` of calls whose tensors are laid out like these, as a function of the tensors alone.
+
+    Args:
+        arguments: as `attention_decode` takes them.
+    """
+    *tensors, rules = arguments
+    target = target_of(tensors[0].device)
     signature = (
-        *[None if x is None else (x.shape, x.stride()) for x in tensors],
-        None if slopes is None else slopes.shape,
-        query.dtype,
         target,
+        tensors[0].device,
         rules,
-    )
-    plan = _plans.get(signature)
-    if plan is None:
-        if len(_plans) >= _KEPT:
-            _plans.clear()
-        plan = _plans[signature] = _prepare(target, query, k_cache, v_cache, table, k, v, cos, sin, slopes, rules)
-    if plan.append is not None and k is not None and k.numel():
-        plan.append(k, v, k_cache, v_cache, seqlens, table, cos, sin)
-    if lse.numel() == 0:
-        return out, lse
-    if plan.combine is None:
-        plan.attend(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
-        return out, lse
-    part = torch.empty((batch, q_len, heads, plan.splits, value_dim), dtype=torch.float32, device=query.device)
-    stats = torch.empty((batch, q_len, heads, plan.splits, 2), dtype=torch.float32, device=query.device)
-    plan.attend(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
-    plan.combine(part, stats, out, lse, sinks)
-    return out, lse
+        *[None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors],
+    )  # fmt: skip
+    found = _bound.get(signature)
+    if found is None:
+        if len(_bound) >= _KEPT:
+            _bound.clear()
+        found = _bound[signature] = _bind(target, *arguments)
+    return found
 
 
-def _prepare(
+def _bind(
     target: Target,
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    _: Tensor,
     table: Tensor | None,
     k: Tensor | None,
     v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     slopes: Tensor | None,
+    sinks: Tensor | None,
     rules: Rules,
-) -> _Plan:
+) -> Decode:
     batch, q_len, heads, head_dim = query.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     page = 0 if table is None else k_cache.shape[1]
@@ -361,16 +353,14 @@ def _prepare(
     rotary = {"R": 0 if cos is None else 2 * cos.shape[1], "INTERLEAVED": rules.interleaved}
     sizes = {"PAGE": page, "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d, "BLOCK_V": block_v}
     caches = (*k_cache.stride()[:3], *v_cache.stride()[:3])
-    append = combine = None
-    if k is not None and v is not None:
+    append: Bound | None = None
+    if k is not None and v is not None and k.numel():
         block_h = min(power_of_two(kv_heads), max(1, 2048 // max(block_d, block_v)))
         append_others = (
             *k.stride()[:3], *v.stride()[:3], *caches, table_stride, *angles[:2], new, kv_heads, capacity, angles[2],
         )  # fmt: skip
         grid = (batch * new, cdiv(kv_heads, block_h))
-        append = Prepared(_append, grid, append_others, {**sizes, **rotary, "BLOCK_H": block_h, "num_warps": 4})
-    if splits > 1:
-        combine = prepare_combine(batch * q_len, heads, q_len, splits, value_dim)
+        append = Bound(_append, grid, append_others, {**sizes, **rotary, "BLOCK_H": block_h, "num_warps": 4})
     scales = (rules.scale / rules.softcap, rules.softcap * _LOG2E) if rules.softcap else (rules.scale * _LOG2E, 1.0)
     others = (
         *query.stride()[:3], *caches, table_stride, slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
@@ -390,5 +380,30 @@ def _prepare(
         **rotary,
         **config.options(target),
     }
-    attend = Prepared(_attend, (splits * tiles * kv_heads * batch,), others, constants)
-    return _Plan(append, attend, combine, splits)
+    attend = Bound(_attend, (splits * tiles * kv_heads * batch,), others, constants)
+    combine = bind_combine(batch * q_len, heads, q_len, splits, value_dim)
+    device, dtype = query.device, query.dtype
+    out_shape, lse_shape = (batch, q_len, heads, value_dim), (batch, heads, q_len)
+    part_shape, stats_shape = (batch, q_len, heads, splits, value_dim), (batch, q_len, heads, splits, 2)
+    empty = math.prod(lse_shape) == 0
+
+    def run(
+        query: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, table: Tensor | None, k: Tensor | None,
+        v: Tensor | None, cos: Tensor | None, sin: Tensor | None, slopes: Tensor | None, sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = torch.empty(out_shape, dtype=dtype, device=device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        if append is not None:
+            append(k, v, k_cache, v_cache, seqlens, table, cos, sin)
+        if empty:
+            return out, lse
+        if splits == 1:
+            attend(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
+            return out, lse
+        part = torch.empty(part_shape, dtype=torch.float32, device=device)
+        stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
+        attend(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
+        combine(part, stats, out, lse, sinks)
+        return out, lse
+
+    return run

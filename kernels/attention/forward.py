@@ -7,15 +7,16 @@ Dao et al. 2022).
   left unread, and the scores of the rows that do see them turn to NaN instead.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.attention.call import Call
-from fastformer.kernels.attention.config import forward_config, short_config, wide_constants
+from fastformer.kernels.attention.call import Call, as_bytes
+from fastformer.kernels.attention.config import bind, forward_config, short_config
 from fastformer.kernels.attention.score import (
     LN2,
     blank,
@@ -32,8 +33,10 @@ from fastformer.kernels.attention.score import (
 from fastformer.kernels.attention.short import short_forward
 from fastformer.kernels.attention.wide import wide_forward
 from fastformer.kernels.launch import launcher
-from fastformer.kernels.rows import cdiv
+from fastformer.kernels.rows import cdiv, dense_strides
 from fastformer.kernels.targets import hopper_chosen, target_of
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 @triton.jit
@@ -205,41 +208,46 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     Returns:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
-    query, value = call.query, call.value
-    if hopper_chosen(query.device):
+    if hopper_chosen(call.query.device):
         from fastformer.kernels.attention.hopper import hopper_forward
 
         results = hopper_forward(call)
         if results is not None:
             return results
-    tokens = query.shape[0] if call.packed else 0
-    out = call.empty_like(query, call.value_dim)
+    return bind_forward(call)(*call.tensors)
+
+
+def bind_forward(call: Call) -> Forward:
+    """`attention_forward` by the portable kernels, as a function of `Call.tensors` for all calls with these numbers."""
+    return call.once(("forward", call.short), lambda: _forward_of(call))
+
+
+def _forward_of(call: Call) -> Forward:
+    device, dtype = call.query.device, call.query.dtype
+    target = target_of(device)
+    tokens = call.query.shape[0] if call.packed else 0
+    shape, laid = call.layout_like(call.query, call.value_dim)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-    if out.numel() == 0 and lse.numel() == 0:
+    row_strides, empty = dense_strides(rows), math.prod(rows) == 0
+    config = short_config(target, call, "short forward") if call.short else forward_config(target, call)
+    tiles = max(1, cdiv(call.q_len, config.block_m))
+    numbers = (
+        *call.strides(call.query), *call.strides(call.key), *call.strides(call.value), *call.along(laid),
+        *call.row_strides(), *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens,
+        call.batch, *call.scales, call.left, call.right, call.threshold, call.keep_scale,
+    )  # fmt: skip
+    programs = tiles * call.heads * (call.batch + call.packed)
+    kernel = short_forward if call.short else _forward
+    launch = bind(target, call, kernel, wide_forward, programs, numbers, config, call.value_dim)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
+        slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
+        lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
+        if not empty:
+            launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
         return out, lse
 
-    def prepare() -> tuple[Any, ...]:
-        target = target_of(query.device)
-        config = short_config(target, call, "short forward") if call.short else forward_config(target, call)
-        tiles = max(1, cdiv(call.q_len, config.block_m))
-        l_sb, l_sh = (0, tokens) if call.packed else (call.heads * call.q_len, call.q_len)
-        numbers = (
-            *call.strides(query), *call.strides(call.key), *call.strides(value), *call.strides(out), l_sb, l_sh,
-            *call.mask_strides, call.slope_stride, tiles, call.heads, call.q_len, call.k_len, tokens, call.batch,
-            *call.scales, call.left, call.right, call.threshold, call.keep_scale,
-        )  # fmt: skip
-        programs = tiles * call.heads * (call.batch + call.packed)
-        if call.wide:
-            constants, parts = wide_constants(target, call, call.value_dim)
-            numbers = (*numbers, call.head_dim, call.value_dim)
-            return wide_forward, (parts * programs,), numbers, {**constants, **config.options(target)}
-        kernel = short_forward if call.short else _forward
-        return kernel, (programs,), numbers, {**call.constants, **config.options(target)}
-
-    call.launch(
-        "short forward" if call.short else "forward",
-        (query, call.key, value, out, lse, call.mask, call.slopes, call.sinks, call.seed, call.cu_q, call.cu_k),
-        prepare,
-    )
-    return out, lse
+    return run

@@ -16,17 +16,15 @@ from fastformer.kernels.attention.call import Call
 BLOCK = 128  # query rows of a program
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
 FORWARD = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
-# Triton 3.9 gives ptxas --regAllocOptLevel=2, with which wider tiles spill (36 to 40 bytes), and windows or softcap at
-# head dimension 256 (496 bytes).
-NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-if NEWER:
+# dK and dV: head dimension: (tile of queries, stages).
+KEY = {64: (64, 3), 128: (64, 2), 256: (64, 2)}
+NARROW_KEY = {**KEY, 128: (32, 4)}  # with softcap: it holds one more tile (580 bytes of spills)
+# The ptxas of Triton 3.9 spills 36 to 44 bytes with the wider tiles.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
     FORWARD |= {64: (64, 4), 128: (64, 4)}
-# dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two). At 256 its sum fills half of the
-# registers, and tiles of 64 keys, the fewest in which unsound ones can be looked for, spill 112 to 316 bytes.
-QUERY = {64: (64, 6), 128: (64, 6)}
-# dK and dV: head dimension: (tile of queries, stages). At 128 the two sums leave registers for 32 queries on every
-# Triton; with 64 there are versions and rules that spill 12 to 96 bytes.
-KEY = {64: (64, 3), 128: (32, 4), 256: (32, 4)}
+    KEY = NARROW_KEY
+# dQ: head dimension: (tile of keys, tiles in the ring; keys and values are two).
+QUERY = {64: (64, 6), 128: (64, 6), 256: (64, 3)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -94,8 +92,6 @@ def _planes(call: Call, grad_out: Tensor | None = None) -> list[_Plane] | None:
     # The largest score is looked for before scaling; offsets within a tile of the output are 32-bit.
     if call.query.dtype not in _DTYPES or call.scales[0] <= 0.0 or BLOCK * call.heads * call.head_dim >= 2**31:
         return None
-    if NEWER and call.head_dim == 256 and call.rich:
-        return None
     if not (call.query.numel() and call.key.numel()):
         return None
     tensors = [call.query, call.key, call.value] + ([] if grad_out is None else [grad_out])
@@ -156,7 +152,7 @@ def hopper_backward_query(
         grad_lse: like lse, any strides, or None.
     """
     planes = _planes(call, grad_out)
-    if planes is None or call.head_dim not in QUERY:
+    if planes is None:
         return False
     block_n, slots = QUERY[call.head_dim]
     tiles, count, section = _order(call)
@@ -165,8 +161,8 @@ def hopper_backward_query(
         dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
     q, k, v, do = planes
     backward_query_kernel[(tiles * count,)](
-        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse, grad_lse,
-        delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
+        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse,
+        grad_lse, delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
         *call.strides(dq), *_rows(call), *dl_strides, tiles, call.heads, count, section, call.q_len, call.k_len,
         call.query.shape[0] if call.packed else 0, call.scale, *call.scales, call.left, call.right,
         BLOCK_N=block_n, SLOTS=slots, **_constants(call),
@@ -181,9 +177,9 @@ def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor
         lse, delta: as the forward and dQ kernels leave them; contiguous. grad_out: like the output.
     """
     planes = _planes(call, grad_out)
-    if planes is None or call.head_dim not in KEY or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
+    if planes is None or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
         return False
-    block_m, stages = KEY[call.head_dim]
+    block_m, stages = (NARROW_KEY if call.constants["SOFTCAP"] else KEY)[call.head_dim]
     q, k, v, do = planes
     block_n = BLOCK if call.head_dim <= 128 else BLOCK // 2
     tiles = max(1, triton.cdiv(call.k_len, block_n))

@@ -30,10 +30,10 @@ from fastformer.kernels.attention.hopper_shared import (
     ROWS,
     blank,
     row_range,
+    seeing_rows,
     tanh,
     whole_layout,
     wide_layout,
-    within_band,
 )
 
 
@@ -50,8 +50,8 @@ def _produce(
     Those of all heads come first, then the whole ones of all heads.
     """
     mbarrier.expect(kv_full.index(0), BLOCK_N * HEAD_DIM * 4)
-    tma_load(K, [k_row, k_column], kv_full.index(0), k_smem)
-    tma_load(V, [v_row, v_column], kv_full.index(0), v_smem)
+    tma_load(K, [k_row, k_column], kv_full.index(0), k_smem.index(0))
+    tma_load(V, [v_row, v_column], kv_full.index(0), v_smem.index(0))
     for step in range(tiles * GROUP):
         if step < checked * GROUP:
             shared = step // checked
@@ -110,18 +110,18 @@ def _clear(
 
 @gluon.jit
 def _add_rows(
-    dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column, diagonal, limit,
-    left, right, scale_in, scale_out,
-    WHICH: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    dk, dv, met, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last, diagonal,
+    limit, scale_in, scale_out,
+    WHICH: gl.constexpr, PLACE: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, LATER: gl.constexpr,
+    SOFTCAP: gl.constexpr, CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv, as far as they are wanted, what a tile of queries contributes.
 
     Args:
-        column: numbers of the consumer's keys, from 0.
-        diagonal: what the tile's first row is compared with them as; for each further row one more.
-        limit: what the row at the end of the sequence would be compared as.
+        first, last: rows that see each of the consumer's keys, as seeing_rows gives them for keys from 0.
+        diagonal: the tile's first row, so numbered.
+        limit: the row behind the last of the sequence.
     """
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -129,6 +129,10 @@ def _add_rows(
     stat_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    # Of a place that the compiler does not know: it would keep the addresses of all their parts, two registers each.
+    place = held(0)
+    k = k_smem.index(place).slice(PLACE, ROWS)
+    v = v_smem.index(place).slice(PLACE, ROWS)
     q = q_smem.index(stage)
     do = do_smem.index(stage)
     lse_of = lse_smem.index(stage)
@@ -153,8 +157,9 @@ def _add_rows(
         weights = gl.exp2(scores * scale_in - (lse * LOG2E)[None, :])
     if CHECK:
         row = diagonal + gl.arange(0, BLOCK_M, stat_layout)
-        alive = ((lse != float("-inf")) & (row < limit))[None, :]
-        seen = within_band(alive, row[None, :], column[:, None], 0, left, right, CAUSAL, LEFT, RIGHT)
+        seen = (lse != float("-inf"))[None, :] & (row[None, :] <= last[:, None])
+        if LATER:
+            seen = seen & (row[None, :] >= first[:, None])
         weights = gl.where(seen, weights, 0.0)
     if WANT_DV:
         factor = gl.convert_layout(weights.to(DTYPE), left_layout)
@@ -204,11 +209,10 @@ def _consume(
     PLACE: gl.constexpr = 0 if SPLIT else WHICH * ROWS
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    k = k_smem.slice(PLACE, ROWS)
-    v = v_smem.slice(PLACE, ROWS)
-    column = gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
     diagonal -= PLACE
     limit -= PLACE
+    column = gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
+    first, last = seeing_rows(column, limit, left, right, CAUSAL, LEFT, RIGHT)
     dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, sums_layout)
     dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, sums_layout)
     met = 0
@@ -217,16 +221,16 @@ def _consume(
     for step in range(checked * GROUP):
         start = gl.where(i < front, i, i + tiles - checked) * BLOCK_M
         dk, dv, met = _add_rows(
-            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column,
-            diagonal + start, limit, left, right, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL, LEFT, RIGHT,
-            SOFTCAP, True, HEAD_DIM, BLOCK_M, STAGES, DTYPE,
+            dk, dv, met, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last,
+            diagonal + start, limit, scale_in, scale_out, WHICH, PLACE, WANT_DK, WANT_DV, CAUSAL or RIGHT, SOFTCAP,
+            True, HEAD_DIM, BLOCK_M, STAGES, DTYPE,
         )  # fmt: skip
         i = gl.where(i + 1 == checked, 0, i + 1)
     for step in range(checked * GROUP, tiles * GROUP):
         dk, dv, met = _add_rows(
-            dk, dv, met, k, v, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, column, diagonal, limit,
-            left, right, scale_in, scale_out, WHICH, WANT_DK, WANT_DV, CAUSAL, LEFT, RIGHT, SOFTCAP, False, HEAD_DIM,
-            BLOCK_M, STAGES, DTYPE,
+            dk, dv, met, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, full, empty, meet, step, first, last,
+            diagonal, limit, scale_in, scale_out, WHICH, PLACE, WANT_DK, WANT_DV, CAUSAL or RIGHT, SOFTCAP, False,
+            HEAD_DIM, BLOCK_M, STAGES, DTYPE,
         )  # fmt: skip
     if SPLIT:
         # Both have read all of the keys and values.
@@ -236,9 +240,9 @@ def _consume(
         scale = scale_in * LN2  # both are in base 2
         if SOFTCAP:
             scale *= scale_out
-        k.store((dk * scale).to(DTYPE))
+        k_smem.index(0).slice(PLACE, ROWS).store((dk * scale).to(DTYPE))
     if WANT_DV:
-        v.store(dv.to(DTYPE))
+        v_smem.index(0).slice(PLACE, ROWS).store(dv.to(DTYPE))
 
 
 @gluon.jit(do_not_specialize=["tiles", "planes", "q_len", "k_len", "tokens", "left", "right", "q_rb", "q_rh", "q_ch",
@@ -311,8 +315,8 @@ def backward_key_kernel(
     smem: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     vector: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
     DTYPE: gl.constexpr = DK.dtype.element_ty
-    k_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], smem)
-    v_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, HEAD_DIM], smem)
+    k_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, HEAD_DIM], smem)
+    v_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, HEAD_DIM], smem)
     q_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, HEAD_DIM], smem)
     do_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, HEAD_DIM], smem)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], vector)
@@ -321,6 +325,7 @@ def backward_key_kernel(
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # the barriers, for TMA
     front = whole_first - first_tile
     checked = front + end_tile - whole_last
     first_row = first_tile * BLOCK_M
@@ -359,5 +364,5 @@ def backward_key_kernel(
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
     there = n[:, None] * dk_st + d[None, :]
     mask = (first_key + n < k_len)[:, None]
-    gl.store(DK + there, k_smem.load(wide), mask=mask)
-    gl.store(DV + there, v_smem.load(wide), mask=mask)
+    gl.store(DK + there, k_smem.index(0).load(wide), mask=mask)
+    gl.store(DV + there, v_smem.index(0).load(wide), mask=mask)

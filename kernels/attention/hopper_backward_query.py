@@ -3,6 +3,8 @@
 - One program takes 128 query rows of one head. Two consumers of four warps hold 64 rows of dQ each; a producer brings
   queries and their gradients once, then keys and values by TMA through one ring of tiles: K, V, K, V, … A tile of
   values is free as soon as its product is, one of keys serves twice.
+- At head dimension 256 the sum for dQ fills half of the registers: a tile of 64 keys is brought, and searched for NaN,
+  as a whole, but multiplied in two halves.
 - Both products of a tile are under way at once; probabilities are computed beside the second. While one consumer
   computes, the other keeps the tensor cores busy.
 - Keys are walked from the last tile to the first, and the tiles at the edges of the causal band checked, as in forward.
@@ -30,10 +32,16 @@ from fastformer.kernels.attention.hopper_shared import (
     in_section,
     key_range,
     mend,
+    seen_keys,
     tanh,
     wide_layout,
-    within_band,
 )
+
+
+@gluon.constexpr_function
+def taken(head_dim, rows):
+    """Of so many rows, those that are looked at at once: as many as registers hold beside dQ."""
+    return min(rows, 8192 // head_dim)
 
 
 @gluon.jit
@@ -44,8 +52,8 @@ def _produce(
     """Brings queries and gradients, then keys and values of `tiles` tiles, the last ones first."""
     SIZE: gl.constexpr = BLOCK_N * HEAD_DIM * 2
     mbarrier.expect(q_full.index(0), CONSUMERS * ROWS * HEAD_DIM * 4)
-    tma_load(DO, [do_row, do_column], q_full.index(0), do_smem)
-    tma_load(Q, [q_row, q_column], q_full.index(0), q_smem)
+    tma_load(DO, [do_row, do_column], q_full.index(0), do_smem.index(0))
+    tma_load(Q, [q_row, q_column], q_full.index(0), q_smem.index(0))
     for step in range(tiles):
         slot = (2 * step) % SLOTS
         mbarrier.wait(empty.index(slot), ((2 * step // SLOTS) & 1) ^ 1)
@@ -64,64 +72,76 @@ def _row_sums(OUT, LSE, DLSE, DELTA, do, turn, first, q_len, o_st, dl_st, HEAD_D
     Pointers point to the first of these rows, which is row `first` of the sequence. do: [ROWS, HEAD_DIM], arrived.
     """
     wide: gl.constexpr = wide_layout(HEAD_DIM)
-    m = gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+    some: gl.constexpr = taken(HEAD_DIM, ROWS)
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
-    inside = first + m < q_len
-    out = gl.load(OUT + (m[:, None] * o_st + d[None, :]), mask=inside[:, None], other=0.0)
-    delta = gl.sum(do.load(wide).to(gl.float32) * out.to(gl.float32), 1)
-    if DLSE is not None:
-        delta -= gl.load(DLSE + m.to(gl.int64) * dl_st, mask=inside, other=0.0)
-    lse = gl.load(LSE + m, mask=inside, other=float("-inf"))
-    delta = gl.where(lse == float("-inf"), 0.0, delta)
-    gl.store(DELTA + m, delta, mask=inside)
-    turn.store(delta)
+    for part in gl.static_range(ROWS // some):
+        m = part * some + gl.arange(0, some, gl.SliceLayout(1, wide))
+        inside = first + m < q_len
+        out = gl.load(OUT + (m[:, None] * o_st + d[None, :]), mask=inside[:, None], other=0.0)
+        delta = gl.sum(do.slice(part * some, some).load(wide).to(gl.float32) * out.to(gl.float32), 1)
+        if DLSE is not None:
+            delta -= gl.load(DLSE + m.to(gl.int64) * dl_st, mask=inside, other=0.0)
+        lse = gl.load(LSE + m, mask=inside, other=float("-inf"))
+        delta = gl.where(lse == float("-inf"), 0.0, delta)
+        gl.store(DELTA + m, delta, mask=inside)
+        turn.slice(part * some, some).store(delta)
 
 
 @gluon.jit
 def _add_keys(
-    dq, met, q, do, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, row, offset, k_len, left, right,
-    scale_in, scale_out,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    dq, met, q_smem, do_smem, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, first, last,
+    scale_in, scale_out, WHICH: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
     CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Adds to dq what this step's keys contribute. lse in base 2, +inf for rows that see no key."""
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    TAKEN: gl.constexpr = taken(HEAD_DIM, BLOCK_N)
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAKEN, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     k_slot = (2 * step) % SLOTS
     v_slot = (2 * step + 1) % SLOTS
     v_phase = ((2 * step + 1) // SLOTS) & 1
-    k = ring.index(k_slot)
-    v = ring.index(v_slot)
+    tile_k = ring.index(k_slot)
+    tile_v = ring.index(v_slot)
     mbarrier.wait(full.index(k_slot), (2 * step // SLOTS) & 1)
     if CHECK:
         mbarrier.wait(full.index(v_slot), v_phase)
-        met = mend(k, v, zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
-    scores = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
-    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
-    if not CHECK:
-        mbarrier.wait(full.index(v_slot), v_phase)
-    dp = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
-    dp = warpgroup_mma(do, v.permute((1, 0)), dp, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    if SOFTCAP:
-        bent = tanh(scores * scale_in)
-        slack = 1.0 - bent * bent
-        weights = gl.exp2(bent * scale_out - lse[:, None])
-    else:
-        weights = gl.exp2(scores * scale_in - lse[:, None])
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    mbarrier.arrive(empty.index(v_slot), count=1)
-    ds = weights * (dp - delta[:, None])
-    if SOFTCAP:
-        ds = ds * slack
-    if CHECK:
-        column = (last_tile - step) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-        inside = (column < k_len)[None, :]
-        seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
-        ds = gl.where(seen, ds, 0.0)
-    factor = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, sums_layout, 2))
-    dq = warpgroup_mma(factor, k, dq, is_async=True)
-    dq, factor = warpgroup_mma_wait(0, deps=[dq, factor])
+        met = mend(tile_k, tile_v, zeros, flags, meet, met, WHICH, HEAD_DIM, BLOCK_N)
+    # Of a place that the compiler does not know: it would keep the addresses of all their parts, two registers each.
+    place = held(0)
+    q = q_smem.index(place).slice(WHICH * ROWS, ROWS)
+    do = do_smem.index(place).slice(WHICH * ROWS, ROWS)
+    for part in gl.static_range(BLOCK_N // TAKEN):
+        k = tile_k.slice(part * TAKEN, TAKEN)
+        v = tile_v.slice(part * TAKEN, TAKEN)
+        scores = gl.zeros([ROWS, TAKEN], gl.float32, scores_layout)
+        scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+        if not CHECK and part == 0:
+            mbarrier.wait(full.index(v_slot), v_phase)
+        dp = gl.zeros([ROWS, TAKEN], gl.float32, scores_layout)
+        dp = warpgroup_mma(do, v.permute((1, 0)), dp, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        if SOFTCAP:
+            bent = tanh(scores * scale_in)
+            slack = 1.0 - bent * bent
+            weights = gl.exp2(bent * scale_out - lse[:, None])
+        else:
+            weights = gl.exp2(scores * scale_in - lse[:, None])
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        if (part + 1) * TAKEN == BLOCK_N:
+            mbarrier.arrive(empty.index(v_slot), count=1)
+        ds = weights * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * slack
+        if CHECK:
+            start = (last_tile - step) * BLOCK_N + part * TAKEN
+            column = start + gl.arange(0, TAKEN, gl.SliceLayout(0, scores_layout))
+            seen = column[None, :] <= last[:, None]
+            if LEFT:
+                seen = seen & (column[None, :] >= first[:, None])
+            ds = gl.where(seen, ds, 0.0)
+        factor = gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, sums_layout, 2))
+        dq = warpgroup_mma(factor, k, dq, is_async=True)
+        dq, factor = warpgroup_mma_wait(0, deps=[dq, factor])
     mbarrier.arrive(empty.index(k_slot), count=1)
     return dq, met
 
@@ -140,47 +160,46 @@ def _consume(
         last_tile, edge_tiles, whole_end, tiles: as in forward, but the first step may be a whole tile.
     """
     DTYPE: gl.constexpr = q_smem.dtype
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, taken(HEAD_DIM, BLOCK_N), 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     stat_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    q = q_smem.slice(WHICH * ROWS, ROWS)
-    do = do_smem.slice(WHICH * ROWS, ROWS)
     sums = turn.slice(WHICH * ROWS, ROWS)
     flags = flag_smem.index(WHICH)
     mbarrier.wait(q_full.index(0), 0)
     if DLSE is not None:
         DLSE += dl_st.to(gl.int64) * (WHICH * ROWS)
     _row_sums(
-        OUT + WHICH * ROWS * o_st, LSE + WHICH * ROWS, DLSE, DELTA + WHICH * ROWS, do, sums, first_row + WHICH * ROWS,
-        q_len, o_st, dl_st, HEAD_DIM,
+        OUT + WHICH * ROWS * o_st, LSE + WHICH * ROWS, DLSE, DELTA + WHICH * ROWS,
+        do_smem.index(0).slice(WHICH * ROWS, ROWS), sums, first_row + WHICH * ROWS, q_len, o_st, dl_st, HEAD_DIM,
     )  # fmt: skip
     m = WHICH * ROWS + gl.arange(0, ROWS, stat_layout)
     row = first_row + m
+    first, last = seen_keys(row, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     lse = gl.load(LSE + m, mask=row < q_len, other=float("-inf"))
     lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     delta = sums.load(stat_layout)
     dq = gl.zeros([ROWS, HEAD_DIM], gl.float32, sums_layout)
     met = 0
-    for step in range(edge_tiles):
+    # With both, registers do not suffice for more than one loop: all tiles are checked.
+    ALL: gl.constexpr = LEFT and SOFTCAP and HEAD_DIM > 128
+    for step in range(tiles if ALL else edge_tiles):
         dq, met = _add_keys(
-            dq, met, q, do, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, row, offset, k_len,
-            left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP, True, HEAD_DIM, BLOCK_N, SLOTS,
-            DTYPE,
+            dq, met, q_smem, do_smem, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, first,
+            last, scale_in, scale_out, WHICH, LEFT, SOFTCAP, True, HEAD_DIM, BLOCK_N, SLOTS, DTYPE,
         )  # fmt: skip
-    for step in range(edge_tiles, whole_end):
-        dq, met = _add_keys(
-            dq, met, q, do, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, row, offset, k_len,
-            left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP, False, HEAD_DIM, BLOCK_N, SLOTS,
-            DTYPE,
-        )  # fmt: skip
-    if LEFT:
+    if not ALL:
+        for step in range(edge_tiles, whole_end):
+            dq, met = _add_keys(
+                dq, met, q_smem, do_smem, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, first,
+                last, scale_in, scale_out, WHICH, LEFT, SOFTCAP, False, HEAD_DIM, BLOCK_N, SLOTS, DTYPE,
+            )  # fmt: skip
+    if LEFT and not ALL:
         for step in range(whole_end, tiles):
             dq, met = _add_keys(
-                dq, met, q, do, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, row, offset, k_len,
-                left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP, True, HEAD_DIM, BLOCK_N, SLOTS,
-                DTYPE,
+                dq, met, q_smem, do_smem, ring, zeros, flags, full, empty, meet, lse, delta, step, last_tile, first,
+                last, scale_in, scale_out, WHICH, LEFT, SOFTCAP, True, HEAD_DIM, BLOCK_N, SLOTS, DTYPE,
             )  # fmt: skip
-    q.store((dq * scale).to(DTYPE))
+    q_smem.index(0).slice(WHICH * ROWS, ROWS).store((dq * scale).to(DTYPE))
 
 
 @gluon.jit(do_not_specialize=["tiles", "planes", "section", "q_len", "k_len", "tokens", "left", "right", "dl_st",
@@ -255,18 +274,18 @@ def backward_query_kernel(
     smem: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DTYPE: gl.constexpr = DQ.dtype.element_ty
-    q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], smem)
-    do_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], smem)
+    q_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_M, HEAD_DIM], smem)
+    do_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_M, HEAD_DIM], smem)
     ring = gl.allocate_shared_memory(DTYPE, [SLOTS, BLOCK_N, HEAD_DIM], smem)
     turn = gl.allocate_shared_memory(gl.float32, [BLOCK_M], flat)
     flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, BLOCK_N], flat)
     zeros = gl.allocate_shared_memory(DTYPE, [PROBE, PROBED], smem)
     zeros.store(gl.zeros([PROBE, PROBED], DTYPE, wide_layout(PROBED)))
-    fence_async_shared()
     q_full = barriers(1, 1)
     full = barriers(SLOTS, 1)
     empty = barriers(SLOTS, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # zeros and barriers, for the tensor cores and TMA
     kv_head = head // GROUP
     query = q_start + row_start
     last_key = k_start + (end_tile - 1) * BLOCK_N
@@ -298,4 +317,5 @@ def backward_query_kernel(
     wide: gl.constexpr = wide_layout(HEAD_DIM)
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
-    gl.store(DQ + (m[:, None] * dq_st + d[None, :]), q_smem.load(wide), mask=(row_start + m < q_len)[:, None])
+    place = DQ + (m[:, None] * dq_st + d[None, :])
+    gl.store(place, q_smem.index(0).load(wide), mask=(row_start + m < q_len)[:, None])

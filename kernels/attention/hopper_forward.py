@@ -30,9 +30,9 @@ from fastformer.kernels.attention.hopper_shared import (
     in_section,
     key_range,
     mend,
+    seen_keys,
     tanh,
     wide_layout,
-    within_band,
 )
 
 
@@ -48,7 +48,7 @@ def _produce(
     """
     SIZE: gl.constexpr = BLOCK_N * HEAD_DIM * 2
     mbarrier.expect(q_full.index(0), CONSUMERS * ROWS * HEAD_DIM * 2)
-    tma_load(Q, [q_row, q_column], q_full.index(0), q_smem)
+    tma_load(Q, [q_row, q_column], q_full.index(0), q_smem.index(0))
     for step in range(tiles + 1):
         if step < tiles:
             stage = step % STAGES
@@ -64,14 +64,15 @@ def _produce(
 
 @gluon.jit
 def _soften(
-    qk, peak, total, start, row, offset, k_len, left, right, scale_in, scale_out,
-    CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr,
+    qk, peak, total, start, first, last, scale_in, scale_out,
+    LEFT: gl.constexpr, SOFTCAP: gl.constexpr, CHECK: gl.constexpr,
     BLOCK_N: gl.constexpr, DTYPE: gl.constexpr, scores_layout: gl.constexpr, weights_layout: gl.constexpr,
 ):  # fmt: skip
     """Running softmax over one tile of dot products.
 
     Args:
-        qk: fp32 [ROWS, BLOCK_N]. peak: largest score so far, before scaling. total: sum of weights so far.
+        qk: fp32 [ROWS, BLOCK_N], of the keys from `start`. first, last: as seen_keys gives them.
+        peak: largest score so far, before scaling. total: sum of weights so far.
 
     Returns:
         (weights as the left factor of the product with the values, factor of what came before, peak, total).
@@ -83,8 +84,9 @@ def _soften(
         factor = scale_in
     if CHECK:
         column = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-        inside = (column < k_len)[None, :]
-        seen = within_band(inside, row[:, None], column[None, :], offset, left, right, CAUSAL, LEFT, RIGHT)
+        seen = column[None, :] <= last[:, None]
+        if LEFT:
+            seen = seen & (column[None, :] >= first[:, None])
         qk = gl.where(seen, qk, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(qk, 1))
     base = new_peak * factor
@@ -98,9 +100,8 @@ def _soften(
 
 @gluon.jit
 def _advance(
-    acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-    step, last_tile, row, offset, k_len, left, right, scale_in, scale_out,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    acc, weights, peak, total, met, q_smem, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
+    step, last_tile, first, last, scale_in, scale_out, WHICH: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
     FIRST: gl.constexpr, CHECK: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -111,6 +112,8 @@ def _advance(
     """
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    # Of a place that the compiler does not know: it would keep the addresses of all its parts, two registers each.
+    q = q_smem.index(held(0)).slice(WHICH * ROWS, ROWS)
     stage = step % STAGES
     phase = (step // STAGES) & 1
     before = (step + STAGES - 1) % STAGES
@@ -127,8 +130,8 @@ def _advance(
         qk = warpgroup_mma_wait(1, deps=[qk])
     mbarrier.arrive(k_empty.index(stage), count=1)
     new_weights, fade, peak, total = _soften(
-        qk, peak, total, (last_tile - step) * BLOCK_N, row, offset, k_len, left, right, scale_in, scale_out,
-        CAUSAL, LEFT, RIGHT, SOFTCAP, CHECK, BLOCK_N, DTYPE, scores_layout, gl.DotOperandLayout(0, out_layout, 2),
+        qk, peak, total, (last_tile - step) * BLOCK_N, first, last, scale_in, scale_out, LEFT, SOFTCAP,
+        CHECK, BLOCK_N, DTYPE, scores_layout, gl.DotOperandLayout(0, out_layout, 2),
     )  # fmt: skip
     if not CHECK:
         mbarrier.wait(v_full.index(stage), phase)
@@ -157,9 +160,9 @@ def _consume(
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     stat_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    q = q_smem.slice(WHICH * ROWS, ROWS)
     flags = flag_smem.index(WHICH)
     row = first_row + WHICH * ROWS + gl.arange(0, ROWS, stat_layout)
+    first, last = seen_keys(row, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
     weights = gl.zeros([ROWS, BLOCK_N], DTYPE, gl.DotOperandLayout(0, out_layout, 2))
     peak = gl.full([ROWS], float("-inf"), gl.float32, stat_layout)
@@ -167,28 +170,28 @@ def _consume(
     met = 0
     mbarrier.wait(q_full.index(0), 0)
     acc, weights, peak, total, met = _advance(
-        acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-        0, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+        acc, weights, peak, total, met, q_smem, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
+        0, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
         True, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
     )  # fmt: skip
     for step in range(1, edge_tiles):
         acc, weights, peak, total, met = _advance(
-            acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-            step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+            acc, weights, peak, total, met, q_smem, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty,
+            meet, step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
             False, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
         )  # fmt: skip
     for step in range(gl.maximum(edge_tiles, 1), whole_end):
         acc, weights, peak, total, met = _advance(
-            acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty, meet,
-            step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT, RIGHT, SOFTCAP,
+            acc, weights, peak, total, met, q_smem, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty,
+            meet, step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP,
             False, False, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
         )  # fmt: skip
     if LEFT:
         for step in range(gl.maximum(whole_end, 1), tiles):
             acc, weights, peak, total, met = _advance(
-                acc, weights, peak, total, met, q, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty,
-                meet, step, last_tile, row, offset, k_len, left, right, scale_in, scale_out, WHICH, CAUSAL, LEFT,
-                RIGHT, SOFTCAP, False, True, HEAD_DIM, BLOCK_N, STAGES, DTYPE,
+                acc, weights, peak, total, met, q_smem, k_smem, v_smem, zeros, flags, k_full, k_empty, v_full, v_empty,
+                meet, step, last_tile, first, last, scale_in, scale_out, WHICH, LEFT, SOFTCAP, False, True, HEAD_DIM,
+                BLOCK_N, STAGES, DTYPE,
             )  # fmt: skip
     acc = warpgroup_mma(weights, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
@@ -199,7 +202,7 @@ def _consume(
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
     lse = gl.where(empty, float("-inf"), peak * factor * LN2 + gl.log(total))
     lse_smem.slice(WHICH * ROWS, ROWS).store(lse)
-    q.store(acc.to(DTYPE))
+    q_smem.index(0).slice(WHICH * ROWS, ROWS).store(acc.to(DTYPE))
 
 
 @gluon.jit(do_not_specialize=["tiles", "planes", "section", "q_len", "k_len", "tokens", "left", "right",
@@ -267,20 +270,20 @@ def forward_kernel(
     smem: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DTYPE: gl.constexpr = OUT.dtype.element_ty
-    q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HEAD_DIM], smem)
+    q_smem = gl.allocate_shared_memory(DTYPE, [1, BLOCK_M, HEAD_DIM], smem)
     lse_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M], flat)
     k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], smem)
     v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_DIM], smem)
     flags = gl.allocate_shared_memory(gl.int32, [CONSUMERS, BLOCK_N], flat)
     zeros = gl.allocate_shared_memory(DTYPE, [PROBE, PROBED], smem)
     zeros.store(gl.zeros([PROBE, PROBED], DTYPE, wide_layout(PROBED)))
-    fence_async_shared()
     q_full = barriers(1, 1)
     k_full = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
     k_empty = barriers(STAGES, CONSUMERS)
     v_empty = barriers(STAGES, CONSUMERS)
     meet = barriers(1, CONSUMERS)
+    fence_async_shared()  # zeros and barriers, for the tensor cores and TMA
     kv_head = head // GROUP
     last_key = k_start + (end_tile - 1) * BLOCK_N
     gl.warp_specialize(
@@ -310,5 +313,5 @@ def forward_kernel(
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, wide))
     inside = row_start + m < q_len
-    gl.store(OUT + (m[:, None] * o_st + d[None, :]), q_smem.load(wide), mask=inside[:, None])
+    gl.store(OUT + (m[:, None] * o_st + d[None, :]), q_smem.index(0).load(wide), mask=inside[:, None])
     gl.store(LSE + m, lse_smem.load(gl.SliceLayout(1, wide)), mask=inside)

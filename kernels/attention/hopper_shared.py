@@ -49,17 +49,35 @@ def in_section(program, tiles, planes, section):
 
 
 @gluon.jit
-def within_band(
-    seen, row, column, offset, left, right, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+def seen_keys(
+    row, offset, k_len, left, right, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):  # fmt: skip
-    """`seen` without the places outside the causal band and the window; row and column broadcast to the tile."""
-    if CAUSAL:
-        seen = seen & (column <= row + offset)
+    """(first, last) key that each row sees under the causal band and the window, both included; the first may be
+    negative, the last below the first."""
+    first = gl.zeros_like(row)
+    last = first + (k_len - 1)
     if LEFT:
-        seen = seen & (column >= row + offset - left)
+        first = row + (offset - left)
+    if CAUSAL:
+        last = gl.minimum(last, row + offset)
     if RIGHT:
-        seen = seen & (column <= row + offset + right)
-    return seen
+        last = gl.minimum(last, row + (offset + right))
+    return first, last
+
+
+@gluon.jit
+def seeing_rows(column, length, left, right, CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """(first, last) row that sees each key, both included, where a causal row of the key's own number sees it; rows
+    are numbered below `length`. Without causality or a right side the first bounds nothing."""
+    first = column
+    last = gl.zeros_like(column) + (length - 1)
+    if LEFT:
+        last = gl.minimum(last, column + left)
+    if RIGHT:
+        first = column - right
+        if CAUSAL:
+            first = gl.maximum(first, column)
+    return first, last
 
 
 @gluon.jit

@@ -10,8 +10,6 @@ import torch
 
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.hopper import (
-    NEWER,
-    QUERY,
     hopper_backward_key,
     hopper_backward_query,
     hopper_forward,
@@ -50,7 +48,7 @@ def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any])
     lse = torch.empty(rows, device="meta")
     out, dq, dk, dv = (call.empty_like(x) for x in (call.query, call.query, call.key, call.value))
     grad_lse = lse if rules else None
-    if dim in QUERY and not hopper_backward_query(call, out, lse, out, grad_lse, lse, dq):
+    if not hopper_backward_query(call, out, lse, out, grad_lse, lse, dq):
         raise AssertionError("the Hopper dQ kernel does not take this call")
     if not hopper_backward_key(call, lse, lse, out, dk, dv):
         raise AssertionError("the Hopper dK and dV kernel does not take this call")
@@ -69,18 +67,16 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         "packed-causal-64": (64, fp16, True, CAUSAL),
         "packed-causal-256": (256, bf16, True, CAUSAL),
         "packed-rich-128": (128, bf16, True, RICH),
+        "packed-rich-256": (256, fp16, True, RICH),
     }
-    if not NEWER:
-        forward["packed-rich-256"] = (256, fp16, True, RICH)
     backward = {
         "backward-full-64": (64, bf16, False, {}),
         "backward-packed-rich-64": (64, fp16, True, RICH),
         "backward-full-128": (128, fp16, False, {}),
         "backward-packed-rich-128": (128, bf16, True, RICH),
         "backward-packed-causal-256": (256, bf16, True, CAUSAL),
+        "backward-packed-rich-256": (256, fp16, True, RICH),
     }
-    if not NEWER:
-        backward["backward-packed-rich-256"] = (256, fp16, True, RICH)
     return [
         *((name, functools.partial(_forward, *case)) for name, case in forward.items()),
         *((name, functools.partial(_backward, *case)) for name, case in backward.items()),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastformer.kernels.norm import norm_forward
-from fastformer.kernels.norm_backward import norm_backward
+from fastformer.kernels.norm_backward import norm_backward, norm_backward_rows
 
 # One width of each class: padded and full single tiles, the widest tiles of either direction, walked rows.
 WIDTHS = (100, 768, 2048, 4096, 8192, 16384, 65536)
@@ -25,11 +25,27 @@ def _case(n: int, dtype: torch.dtype, rms: bool, dropout: bool, add: bool, mixed
         seed = meta(1, dtype=torch.int64) if dropout else None
         x = meta(rows, n)
         drop = (seed, 429496730, 1.1)
-        _, z, stats = norm_forward(x, residual, weight, bias, scale, *drop, 1e-5, 0.0, rms, wide, wide, add)
+        numbers = (1e-5, 0.0, rms, wide, wide, add)
+        _, z, stats = norm_forward(x, residual, weight, bias, scale, *drop, *numbers, meta(rows, n) if mixed else None)
         dz = meta(rows, n, dtype=wide) if add and rms else None
         kinds = (dtype if dropout or not add else None, wide if add else None, wide, None if rms else wide)
-        z = x if z is None else z
-        norm_backward(meta(rows, n, dtype=wide), dz, z, stats, weight, scale, *drop, 0.0, rms, *kinds)
+        arguments = (
+            meta(rows, n, dtype=wide),
+            dz,
+            x if z is None else z,
+            stats,
+            weight,
+            scale,
+            *drop,
+            0.0,
+            rms,
+            *kinds,
+        )
+        if mixed:
+            # As a layer under autocast launches them: a copy for the next product, and a second gradient from it.
+            norm_backward_rows(*arguments, dy_more=meta(rows, n))
+        else:
+            norm_backward(*arguments)
 
     return run
 

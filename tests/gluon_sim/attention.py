@@ -116,7 +116,7 @@ def simulated_gradients(
     known: list[Tensor] | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(dQ, dK, dV, delta) from the simulated backward kernels; the same by autograd in the working dtype and in
-    float64, from whose output and LSE the kernels start. Where dQ has no Hopper kernel, it and delta are left out.
+    float64, from whose output and LSE the kernels start.
 
     Args:
         edit: as of `kernel`, of both modules.
@@ -144,10 +144,6 @@ def simulated_gradients(
     out, lse = out.detach().to(problem.dtype), lse.detach().float().contiguous()
     dq, dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs)
     delta = torch.full_like(lse, math.nan)
-    if hopper.hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq):
-        skip = 0
-    else:
-        skip, delta = 1, measured[1][3].float().contiguous()
-    assert hopper.hopper_backward_key(call, lse, delta, grad_out, dk, dv), "the Hopper kernels do not take this call"
-    ours = (dk, dv) if skip else (dq, dk, dv, delta)
-    return ours, *((found[1:3] if skip else found) for found in measured)
+    assert hopper.hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq), "not taken"
+    assert hopper.hopper_backward_key(call, lse, delta, grad_out, dk, dv), "not taken"
+    return (dq, dk, dv, delta), measured[0], measured[1]

@@ -7,6 +7,7 @@ import torch
 
 import fastformer as ff
 import fastformer.nn as fnn
+from fastformer.ops.packing import Packing
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 import zoo  # noqa: E402
@@ -275,3 +276,38 @@ def test_label_smoothing_and_accumulation_of_trainer(tmp_path):
         for other in runs[1:]:
             assert max(abs(a - b) for a, b in zip(runs[0], other, strict=True)) < 1e-4
         assert runs[0][0] > runs[0][3]
+
+
+CLASSIFIERS = [name for name in ("bert", "roberta", "electra", "albert", "distilbert") if name in zoo.ENCODERS]
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_get_the_first_places_back_and_no_padding(family, monkeypatch):
+    stock, patched = (zoo.build(family, "ForSequenceClassification").train() for _ in range(2))
+    ff.patch(patched)
+    padded, pad = [], Packing.pad
+    monkeypatch.setattr(Packing, "pad", lambda self, rows: padded.append(rows) or pad(self, rows))
+    labels = {"labels": torch.tensor([2, 0, 1])}
+    a, b = assert_same_loss(stock, patched, {**zoo.batch(LENGTHS, pad=pad_of(family)), **labels})
+    assert zoo.relative(b.logits, a.logits) < 1e-5
+    assert not padded
+    # A row without tokens has no first place. Stock makes something of it; the others have their logits.
+    data = zoo.batch([4, 0, 9], pad=pad_of(family))
+    a, b = stock(**data), patched(**data)
+    assert zoo.relative(b.logits[::2], a.logits[::2]) < 1e-5
+    assert padded
+
+
+@pytest.mark.parametrize(("family", "part"), [("bert", "bert"), ("bert", "bert.pooler"), ("roberta", "classifier")])
+def test_who_looks_on_sees_every_place(family, part):
+    model = zoo.build(family, "ForSequenceClassification").train()
+    ff.patch(model)
+    seen = []
+    look = lambda module, args, out: seen.append(args[0] if part != "bert" else out[0])  # noqa: E731
+    handle = model.get_submodule(part).register_forward_hook(look)
+    data = zoo.batch(LENGTHS, pad=pad_of(family))
+    hooked = model(**data).logits
+    handle.remove()
+    assert seen[0].shape[:2] == data["input_ids"].shape
+    torch.testing.assert_close(model(**data).logits, hooked)
+    assert model(**data, output_hidden_states=True).hidden_states[-1].shape[:2] == data["input_ids"].shape

@@ -97,17 +97,41 @@ def test_multi_tensor_launches(sizes, lists, expected):
     assert multi_tensor_launches(sizes, lists) == expected
 
 
-@pytest.fixture(scope="module")
-def compared():
+def _compare(dtype, autocast=None):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
     )
-    model = transformers.BertForSequenceClassification(config).train().bfloat16()
+    model = transformers.BertForSequenceClassification(config).train().to(dtype)
     mask = torch.ones(4, 16, dtype=torch.long)
     mask[1:, 10:] = 0
     batch = {"input_ids": torch.randint(3, 50, (4, 16)), "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])}
-    return compare(model, batch), model
+    return compare(model, batch, autocast=autocast), model
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return _compare(torch.bfloat16)
+
+
+def test_autocast_by_hand(compared):
+    """What autocast adds to a stock layer: twelve parameters and four inputs rounded, their gradients rounded back,
+    residuals' fp32 gradients rounded for the two branches. To a patched one: a launch each way."""
+    found = _compare(torch.float32, torch.bfloat16)[0]
+    names = ("bert.encoder.layer.*", "forward"), ("bert.encoder.layer.*", "backward")
+    plain, under = ([count.stock.by_layer()[name] for name in names] for count in (compared[0], found))
+    assert [a - b for a, b in zip(under, plain, strict=True)] == [3 * 16, 3 * (16 + 2)]
+    plain, under = ([count.patched.by_layer()[name] for name in names] for count in (compared[0], found))
+    assert [a - b for a, b in zip(under, plain, strict=True)] == [3, 3]
+    # The loss is fp32: logits are rounded up, their gradient down.
+    assert found.stock.by_layer()["(model)", "forward"] == compared[0].stock.by_layer()["(model)", "forward"] + 1
+    assert found.share < 0.4
+
+
+def test_a_layer_in_single_precision_by_hand():
+    patched = _compare(torch.float32)[0].patched.by_layer()
+    # PyTorch's products for weights; one launch sums biases and norms. Attention's backward is two kernels.
+    assert patched["bert.encoder.layer.*", "backward"] == 3 * (2 + 1 + 2 + 4 + 4 + 1)
 
 
 def test_a_stock_bert_layer_by_hand(compared):
@@ -158,6 +182,9 @@ def test_command(capsys, monkeypatch):
     assert 0 < found["patched"]["launches"] < found["stock"]["launches"]
     assert sum(row["launches"] for row in found["left"]) == found["patched"]["launches"]
     assert all(row["reason"] for row in found["left"])
+    assert main(["info", "--step", "bert", "--layers", "2", "--autocast", "bfloat16", "--json"]) == 0
+    under = json.loads(capsys.readouterr().out)
+    assert under["share"] < found["share"]
     assert main(["info", "--step", "bert"]) == 0
     assert "Kernel launches of one training step" in capsys.readouterr().out
 
@@ -177,6 +204,8 @@ def _tiny(name, layers):
         (["--step", "."], ": "),
         (["--layers", "2"], "--layers goes with --step"),
         (["--dtype", "float32"], "--dtype goes with --step"),
+        (["--autocast", "bfloat16"], "--autocast goes with --step"),
+        (["--step", "bert", "--autocast", "float16", "--dtype", "bfloat16"], "--autocast is for parameters of --dtype"),
         (["--step", "sam"], "no family of text classifiers"),
     ],
 )

@@ -7,8 +7,10 @@ import pytest
 import torch
 from attention_oracle import as_exact, oracle
 
+import fastformer.ops.attention.cache as attention_cache
 import fastformer.ops.attention.kernel as attention_kernel
 from fastformer.ops import attention_kv_cache
+from fastformer.ops.operator import Kinds
 
 
 def turned(x, cos, sin, position, interleaved):
@@ -203,7 +205,8 @@ def test_any_number_of_splits_gives_the_same(splits, options, device, monkeypatc
     if interpreting or device.type == "cuda":
         decode = pytest.importorskip("fastformer.kernels.attention.decode")
         monkeypatch.setattr(decode, "count_splits", lambda *_: splits)
-        monkeypatch.setattr(decode, "_plans", {})
+        monkeypatch.setattr(decode, "_bound", {})
+        monkeypatch.setattr(attention_cache, "_kinds", Kinds())
     out, lse = attention_kv_cache(*args, **options, return_lse=True)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, norm, rtol=1e-5, atol=1e-6)

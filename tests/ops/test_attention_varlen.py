@@ -212,9 +212,9 @@ def test_opcheck(device, interpreting):
     from fastformer.ops.attention.kernel import attention
 
     rules = (0.0, True, 0.25, True, 5, -1, 0.0)
-    torch.library.opcheck(attention.op, (query, key, value, bounds, bounds, 14, 14, None, None, None, None, *rules))
+    torch.library.opcheck(attention.op, (query, key, value, bounds, bounds, None, None, None, None, 14, 14, *rules))
     dense = [torch.randn(2, 2, 18, 16, device=device).requires_grad_() for _ in range(3)]
-    torch.library.opcheck(attention.op, (*dense, None, None, 0, 0, None, None, None, None, *rules))
+    torch.library.opcheck(attention.op, (*dense, None, None, None, None, None, None, 0, 0, *rules))
 
 
 @pytest.mark.parametrize(
@@ -244,3 +244,44 @@ def test_bad_boundaries_are_named(bounds):
     good = torch.tensor([0, 10], dtype=torch.int32)
     with pytest.raises(ValueError, match="max_seqlen_q must be at least the longest sequence, 10"):
         attention_varlen(query, query, query, good, good, 4, 10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "surplus"),
+    [([5, 9, 1], None, 0), ([5, 0, 9], None, 3), ([6, 6, 6], None, 0), ([6, 6], None, 4), ([3, 4], [7, 0], 2)],
+)
+def test_flash_on_the_cpu_equals_products(lengths_q, lengths_k, surplus, causal, monkeypatch):
+    """The same call by PyTorch's flash attention and by products and softmax; rows of no sequence get nothing."""
+    from fastformer.ops.attention import packed_cpu, packed_flash
+
+    if causal and lengths_k is not None:
+        pytest.skip("only self-attention")
+    lengths_k = lengths_k or lengths_q
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        return torch.randn(count, 3, 8, generator=generator, dtype=torch.float64)
+
+    query = rows(sum(lengths_q) + surplus)
+    key, value = (rows(sum(lengths_k) + surplus) for _ in range(2))
+    bounds = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k)]
+    flash, calls = packed_flash.forward, []
+
+    def counted(*given):
+        calls.append(given)
+        return flash(*given)
+
+    monkeypatch.setattr(packed_flash, "forward", counted)
+    # Of a sum, whose gradient is one number for every place, and of weights.
+    for weight in (torch.ones(()).double(), rows(len(query))):
+        found = []
+        for takes in (packed_flash.takes, lambda *_: False):
+            leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+            with monkeypatch.context() as patched:
+                patched.setattr(packed_flash, "takes", takes)
+                out = packed_cpu.packed_cpu(*leaves, *bounds, None, 0.0, causal, False, 0.3, None)
+                found.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert len(calls) == 2

@@ -46,6 +46,14 @@ def test_fuzz(number, device, interpreting, monkeypatch, poisoned):
     compare(*random_case(number, device, dtypes), monkeypatch, number)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    for number in range(batch * 1000, batch * 1000 + 60):
+        compare(*random_case(number, device, dtypes), monkeypatch, number)
+
+
 def test_torch_backend_is_stock_bit_for_bit(monkeypatch):
     monkeypatch.setenv("FASTFORMER_BACKEND", "torch")
     word, place, kind = torch.randn(20, 16), torch.randn(9, 16), torch.randn(2, 16)

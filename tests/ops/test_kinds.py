@@ -1,11 +1,14 @@
 """Repeated calls: what the first of a kind has found is used by the next, and by no call of another kind."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastformer.ops import activation, norm, operator
 from fastformer.ops.activation import bias_gelu, swiglu
+from fastformer.ops.attention import attention_kv_cache, attention_varlen, cache, kernel, scaled_dot_product_attention
 from fastformer.ops.loss import cross_entropy
 from fastformer.ops.norm import add_layer_norm, layer_norm
 
@@ -14,7 +17,7 @@ from fastformer.ops.norm import add_layer_norm, layer_norm
 def kernels_run(device, interpreting, monkeypatch):
     if device.type == "cpu" and not interpreting:
         pytest.skip("no call on the CPU backend has a kind")
-    for module in (norm, activation):
+    for module in (norm, activation, kernel, cache):
         monkeypatch.setattr(module, "_kinds", operator.Kinds())
 
 
@@ -126,3 +129,105 @@ def test_what_is_watched_takes_no_kind(device):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert type(layer_norm(x[0], weight.detach())) is not torch.Tensor
     assert len(norm._kinds.found) == before
+
+
+def drawn(device, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+
+
+def test_attention_of_one_kind_is_checked_and_prepared_once(device, monkeypatch):
+    query, key, value = (drawn(device, 2, 2, n, 16).requires_grad_() for n in (9, 9, 9))
+    mask = torch.ones(9, 9, device=device, dtype=torch.bool).tril()
+    options = {"softcap": 3.0, "return_lse": True}
+    calls = {
+        "plain": lambda: (scaled_dot_product_attention(query, key, value, mask), None),
+        "with LSE": lambda: scaled_dot_product_attention(query, key, value, **options),
+        "learned bias": lambda: (scaled_dot_product_attention(query, key, value, bias), None),
+        "causal": lambda: (scaled_dot_product_attention(query, key, value, is_causal=True), None),
+    }
+    bias = drawn(device, 9, 9).requires_grad_()
+
+    def results(call):
+        out, lse = call()
+        loss = out.sin().sum() if lse is None else out.sin().sum() + lse.sum()
+        gradients = torch.autograd.grad(loss, (query, key, value, bias), allow_unused=True)
+        return [x for x in (out, lse, *gradients) if x is not None]
+
+    first = {name: results(call) for name, call in calls.items()}
+    assert len(kernel._kinds.found) == len(calls)
+    monkeypatch.setattr(kernel, "attend", lambda *_: pytest.fail("checked and chosen again"))
+    for name, call in calls.items():
+        again = results(call)
+        assert len(again) == len(first[name])
+        assert all(torch.equal(a, b) for a, b in zip(again, first[name], strict=True)), name
+
+
+def test_dropout_of_attention_is_drawn_for_every_call(device):
+    query = drawn(device, 1, 1, 8, 16)
+    torch.manual_seed(0)
+    first, second = (scaled_dot_product_attention(query, query, query, None, 0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(scaled_dot_product_attention(query, query, query, None, 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_attention_under_autocast_follows_its_dtype(device):
+    query = drawn(device, 1, 1, 8, 16).half()
+    for _ in range(2):
+        for dtype in (torch.float16, torch.float32):
+            with torch.autocast(device.type, dtype) if dtype == torch.float16 else contextlib.nullcontext():
+                assert scaled_dot_product_attention(query, query, query).dtype == torch.float16
+    with torch.autocast(device.type, torch.float16):
+        for _ in range(2):
+            assert scaled_dot_product_attention(*[query.float()] * 3).dtype == torch.float16
+
+
+def test_boundaries_that_are_one_tensor_are_told_from_two_that_are_alike(device):
+    """Bottom-right rows without keys exist only where the lengths differ."""
+    query = drawn(device, 10, 2, 16)
+    longer, shorter = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 6, 10], [0, 2, 10]))
+    options = {"is_causal": True, "causal_alignment": "bottom-right", "return_lse": True}
+    for _ in range(2):
+        for bounds_k in (longer, longer.view(-1), longer.clone(), shorter):
+            out, lse = attention_varlen(query, query, query, longer, bounds_k, 8, 8, **options)
+            hidden = torch.zeros(10, 2, dtype=torch.bool, device=device)
+            hidden[:4] = bounds_k is shorter
+            assert torch.equal(lse == -torch.inf, hidden)
+            assert torch.equal((out == 0).all(-1), hidden)
+
+
+def test_boundaries_may_lie_apart_in_memory(device):
+    query = drawn(device, 10, 2, 16)
+    bounds = torch.tensor([0, 6, 10], dtype=torch.int32, device=device)
+    apart = torch.stack((bounds, torch.zeros_like(bounds)), 1)[:, 0]
+    expected = attention_varlen(query, query, query, bounds, bounds, 6, 6)
+    assert torch.equal(attention_varlen(query, query, query, apart, apart, 6, 6), expected)
+
+
+def test_a_cache_of_one_kind_is_checked_and_prepared_once(device, monkeypatch):
+    query, held, lengths = drawn(device, 2, 1, 4, 16), drawn(device, 2, 40, 2, 16), torch.tensor([3, 39], device=device)
+    lengths, new = lengths.int(), drawn(device, 2, 1, 2, 16)
+    calls = (
+        lambda: attention_kv_cache(query, held, held, lengths),
+        lambda: attention_kv_cache(query, held.clone(), held.clone(), lengths, None, new, new, return_lse=True)[1],
+    )
+    first = [call() for call in calls]
+    assert len(cache._kinds.found) == 2
+    monkeypatch.setattr(cache, "_run", lambda *_: pytest.fail("checked and chosen again"))
+    assert all(torch.equal(call(), before) for call, before in zip(calls, first, strict=True))
+    with pytest.raises(TypeError, match="cache_seqlens must be one of int32"):
+        attention_kv_cache(query, held, held, lengths.long())
+
+
+def test_wrong_arguments_of_attention_are_refused_after_right_ones(device):
+    query = drawn(device, 1, 1, 8, 16)
+    for _ in range(2):
+        scaled_dot_product_attention(query, query, query)
+    with pytest.raises(ValueError, match="key must have query's head dimension 16, got 8"):
+        scaled_dot_product_attention(query, query[..., :8], query)
+    with pytest.raises(TypeError, match="query must be a tensor, got list"):
+        scaled_dot_product_attention([query], query, query)
+    with pytest.raises(ValueError, match="dropout_p must be between 0 and 1"):
+        scaled_dot_product_attention(query, query, query, None, 1.5)
+    with pytest.raises(TypeError, match="window must be a pair"):
+        scaled_dot_product_attention(query, query, query, window=3)

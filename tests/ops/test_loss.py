@@ -193,6 +193,21 @@ def test_linear_never_holds_all_logits(device, monkeypatch):
     assert 0 < largest <= 16 * 1000
 
 
+def test_linear_makes_gradients_over_logits(device, interpreting):
+    """One block: its logits, and little beside them; PyTorch's own operators hold three times as much."""
+    if device.type != "cpu" or interpreting:
+        pytest.skip("counts PyTorch's own allocations on the CPU")
+    peak_bytes = pytest.importorskip("bench.operators").peak_bytes
+    x, w = torch.randn(64, 4, requires_grad=True), torch.randn(8192, 4, requires_grad=True)
+    target = torch.randint(0, 8192, (64,))
+    logits = 64 * 8192 * 4
+    ours, stock = (
+        peak_bytes(lambda loss=loss: loss().backward())
+        for loss in (lambda: linear_cross_entropy(x, w, target), lambda: F.cross_entropy(F.linear(x, w), target))
+    )
+    assert logits <= ours < 1.5 * logits < stock
+
+
 def test_autocast(device, interpreting):
     x, w = torch.randn(9, 8, device=device), torch.randn(20, 8, device=device)
     target = torch.randint(0, 20, (9,), device=device)

@@ -1,5 +1,6 @@
 """Pooling of packed sequences."""
 
+import random
 import warnings
 
 import pytest
@@ -20,6 +21,29 @@ def test_mean(dtype, width, masked, device, monkeypatch, poisoned):
     mask = (torch.rand(108, generator=generator) < 0.6).to(device) if masked else None
     tensors = {"input": fenced((108, width), dtype, generator, device, 3)}
     compare(lambda input: pool_packed(input, cu, mask=mask), tensors, monkeypatch)
+
+
+def random_case(number, device, dtypes):
+    pick = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    lengths = torch.tensor([pick.choice([0, 1, 2, 17, 64, 130]) for _ in range(pick.choice([1, 2, 7]))])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    cu = bounds.to(device, pick.choice([torch.int32, torch.int64]))
+    tokens, width = int(bounds[-1]) + pick.choice([0, 3]), pick.choice([1, 3, 64, 257])
+    mode = pick.choice(["mean", "mean", "cls"])
+    mask = None
+    if mode == "mean" and pick.random() < 0.5:
+        mask = (torch.rand(tokens, generator=generator) < pick.choice([0.1, 0.6])).to(device)
+    tensors = {"input": fenced((tokens, width), pick.choice(dtypes), generator, device, pick.choice([0, 3]))}
+    return (lambda input: pool_packed(input, cu, mode, mask=mask)), tensors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    for number in range(batch * 1000, batch * 1000 + 60):
+        compare(*random_case(number, device, dtypes), monkeypatch, number)
 
 
 def test_mean_by_hand(device):

@@ -60,6 +60,14 @@ def test_fuzz(number, device, interpreting, monkeypatch, poisoned):
     compare(*random_case(number, device, dtypes), monkeypatch, number)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_fuzz_long(batch, device, interpreting, monkeypatch, poisoned):
+    dtypes = [torch.float32, torch.float16] + ([] if interpreting else [torch.bfloat16])
+    for number in range(batch * 1000, batch * 1000 + 60):
+        compare(*random_case(number, device, dtypes), monkeypatch, number)
+
+
 def test_hugging_face_layout(device):
     """The half-split form against the usual x * cos + rotate_half(x) * sin with doubled tables."""
     x = torch.randn(2, 3, 5, 16, device=device)

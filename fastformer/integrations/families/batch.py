@@ -17,11 +17,14 @@ from fastformer.integrations.plan import (
     packing_from_positions,
     remember,
 )
+from fastformer.integrations.scoped import Scoped
 from fastformer.integrations.swap import original_class
 from fastformer.nn.norm import has_hooks
 from fastformer.ops.packing import Packing
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+# Set around a head that reads the first place of every row only.
+FIRST_PLACE: Scoped[bool] = Scoped("fastformer_first_place", False)
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _UNDERSTOOD = (
     *PER_TOKEN,
@@ -195,6 +198,11 @@ def answer(module: Any, out: Any, return_dict: bool | None) -> Any:
 def is_changed(module: torch.nn.Module) -> bool:
     """Whether a child must be called rather than read: hooked, or no longer of a class of transformers."""
     return has_hooks(module) or not type(module).__module__.startswith("transformers.")
+
+
+def is_seen(module: torch.nn.Module) -> bool:
+    """Whether somebody may look at what a module gets: it is hooked, or of no class of transformers or torch."""
+    return has_hooks(module) or not type(module).__module__.startswith(("transformers.", "torch.nn."))
 
 
 def needs_5(module: torch.nn.Module) -> str:

@@ -97,7 +97,8 @@ class PackedEncoder:
             hidden = states[-1]
         else:
             hidden = getattr(self, self._table.encoder)(hidden, plan)[0]
-            hidden = plan.pad(hidden) if pads else hidden
+            if pads:
+                hidden = plan.first(hidden) if batch.FIRST_PLACE.get() and plan.begins_all else plan.pad(hidden)
         return self._answer(call, hidden, states, plan.weights)
 
     def _token_inputs(self, call: dict[str, Any]) -> dict[str, Tensor | None]:
@@ -189,16 +190,13 @@ class SelfAttention:
     def _attend(self, hidden_states: Tensor, plan: Plan) -> Tensor:
         table = self._table
         shape = (getattr(self, table.heads), getattr(self, table.head_size))
-        # [batch, seqlen, heads, head_dim] each; batch is 1 when packed
-        q, k, v = (x.unflatten(-1, shape) for x in project(self, table.projections, hidden_states))
         dropout_p = getattr(self, table.dropout).p if self.training else 0.0  # type: ignore[attr-defined]
         if plan.packing is not None:
+            q, k, v = project(self, table.projections, hidden_states.squeeze(0), shape)
             lengths, longest = plan.packing.cu_seqlens, plan.packing.max_seqlen
-            out = attend_packed(
-                q.squeeze(0), k.squeeze(0), v.squeeze(0), lengths, lengths, longest, longest, dropout_p=dropout_p
-            )[None]
+            out = attend_packed(q, k, v, lengths, lengths, longest, longest, dropout_p=dropout_p)[None]
         else:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            q, k, v = (t.transpose(1, 2) for t in project(self, table.projections, hidden_states, shape))
             mask = None if plan.mask is None else plan.mask[:, None, None, :]
             if plan.weights is None:
                 out = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)

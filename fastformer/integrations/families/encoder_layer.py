@@ -24,7 +24,8 @@ from fastformer.nn.norm import is_plain_dropout
 from fastformer.nn.parts import has_hooks
 from fastformer.nn.recording import is_recording
 from fastformer.ops.backend import backend_for
-from fastformer.ops.encoder_layer import LayerParameters, LayerSettings, LayerTokens, encoder_layer, why_not
+from fastformer.ops.encoder_layer import encoder_layer, why_not
+from fastformer.ops.encoder_passes import LayerParameters, LayerSettings, LayerTokens
 from fastformer.ops.random import drawn_together
 
 

@@ -102,6 +102,22 @@ class InlineSequenceLoss(InlineLoss):
         return super()._why_stock_loss(labels)
 
 
+class FirstPlaceLoss(InlineSequenceLoss):
+    """The same where nothing of the hidden states is read but the first place of every row: a base model that has
+    removed the padding puts no more of it back."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return batch.FIRST_PLACE.during(self._reads_first(), super().forward, *args, **kwargs)
+
+    def _reads_first(self) -> bool:
+        """Whether nobody looks on who would see the rest missing."""
+        base = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        parts = [base, getattr(base, "pooler", None)]
+        if self.config.model_type in ("roberta", "xlm-roberta", "electra"):  # type: ignore[attr-defined]
+            parts.append(self.classifier)  # type: ignore[attr-defined]
+        return not any(part is not None and batch.is_seen(part) for part in parts)
+
+
 class Seq2SeqLoss(InlineLoss):
     """The same for a language model behind an encoder-decoder, where labels make the decoder's inputs."""
 
@@ -350,7 +366,7 @@ _CLASSIFIERS = (
 RULES = {
     **_rules(InlineLoss, _why_not_inline, *_MASKED, ("modernbert", "ModernBertForTokenClassification")),
     **_rules(InlineLoss, _why_not_inline, *((f, f"{p}ForTokenClassification") for f, p in _ENCODERS)),
-    **_rules(InlineSequenceLoss, _why_not_inline, *((f, f"{p}ForSequenceClassification") for f, p in _ENCODERS)),
+    **_rules(FirstPlaceLoss, _why_not_inline, *((f, f"{p}ForSequenceClassification") for f, p in _ENCODERS)),
     **_rules(Seq2SeqLoss, _why_not_inline, *_SEQ2SEQ),
     **_rules(FusedLoss, _never, *_CAUSAL),
     **_rules(UnpackingLoss, _never, *_CLASSIFIERS),

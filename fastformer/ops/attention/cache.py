@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from fastformer.ops.attention import kernel
-from fastformer.ops.attention.options import Options, check_extras, check_heads, once, read_options
+from fastformer.ops.attention.options import Options, check_extras, check_heads, once, read_options, values_at_hand
 from fastformer.ops.attention.reference import attention_reference
 from fastformer.ops.backend import backend_for
-from fastformer.ops.operator import Kernel, kernels
+from fastformer.ops.operator import Kernel, Kinds, is_plain, kernels
 from fastformer.ops.rotary import rotary_reference
 from fastformer.ops.validate import FLOATS, check_tensor
 
 # The widest head whose tiles a decoding kernel holds in one piece.
 _MAX_HEAD_DIM = 512
+_kinds = Kinds()
 
 
 def attention_kv_cache(
@@ -66,27 +67,27 @@ def attention_kv_cache(
         ValueError, TypeError: an argument does not fit; the message names it.
     """
 
+    given = (query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, alibi_slopes, sinks)
+    mark, known = _kinds.find((is_causal, scale, interleaved, window, softcap), *given)
+    if known is not None:
+        _check_lengths(k_cache, cache_seqlens, block_table, k)
+        found = known(*given)
+        return found if return_lse else found[0]
+
     def check() -> Options:
         _check(query, k_cache, v_cache, cache_seqlens, block_table, k, v)
         _check_angles(query, k, cos, sin)
         check_extras(query, query.shape[2], query.shape[0], alibi_slopes, sinks, None)
         return read_options(query.shape[3], 0.0, is_causal, scale, "bottom-right", window, softcap)
 
-    options = once(
-        check,
-        (query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, alibi_slopes, sinks),
-        ("cache", is_causal, scale, window, softcap),
-    )
-    if query.device.type == "cpu" and type(cache_seqlens) is Tensor and not torch.compiler.is_compiling():
-        _check_lengths(k_cache, cache_seqlens, block_table, k)  # reading them does not wait for a device
+    options = once(check, mark)
+    _check_lengths(k_cache, cache_seqlens, block_table, k)
     extras = (alibi_slopes, sinks)
     if backend_for(query.device) == "triton":
         reason = _why_not(query, k_cache, v_cache)
         if reason is None:
-            out, lse = _run(
-                query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, *extras, options, interleaved
-            )
-            return (out, lse) if return_lse else out
+            found = _run(mark, given, options, interleaved)
+            return found if return_lse else found[0]
         kernel.say_once(reason)
     with torch.no_grad():
         lengths = cache_seqlens
@@ -117,33 +118,27 @@ def _why_not(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     return None
 
 
-def _run(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    options: Options,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+def _run(mark: Any, given: tuple[Any, ...], options: Options, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """What the kernels say; small tensors that they cannot read in place are copied first.
+
+    Args:
+        mark: under which calls like this one are to be found, None for none. given: all tensors of the call.
+    """
+    query, k_cache, v_cache, *small = given
     query = query if query.stride(-1) == 1 else query.contiguous()
-    k, v, cos, sin, block_table = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (k, v, cos, sin, block_table)
-    )
-    slopes, sinks = (None if x is None else x.contiguous() for x in (slopes, sinks))
-    cache_seqlens = cache_seqlens.contiguous()
+    # New keys and values may lie apart from token to token, what is one number a place may not.
+    seqlens, table, k, v, cos, sin = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in small[:6]
+    )  # fmt: skip
+    slopes, sinks = (None if x is None else x.contiguous() for x in small[6:])
+    tensors = (query, k_cache, v_cache, seqlens, table, k, v, cos, sin, slopes, sinks)
     rules = (options.is_causal, options.scale, options.left, options.right, options.softcap)
+    if mark is not None and is_plain(tensors) and all(a is b for a, b in zip(tensors, given, strict=True)):
+        decode = kernels("attention.decode")
+        return _kinds.keep(mark, decode.bind_decode(*tensors, decode.Rules(*rules, interleaved)))(*tensors)
     if k is None:
-        return _attend_kernel(query, k_cache, v_cache, cache_seqlens, block_table, slopes, sinks, *rules)
-    return _append_kernel(
-        query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, slopes, sinks, *rules, interleaved
-    )
+        return _attend_kernel(*tensors[:5], slopes, sinks, *rules)
+    return _append_kernel(*tensors, *rules, interleaved)
 
 
 def _attend_only(
@@ -305,6 +300,9 @@ def _check_angles(query: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tens
 
 
 def _check_lengths(k_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, k: Tensor | None) -> None:
+    """Check the lengths' values where they are at hand."""
+    if not values_at_hand(cache_seqlens):
+        return
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     new = 0 if k is None else k.shape[1]
     lengths = cache_seqlens.tolist()

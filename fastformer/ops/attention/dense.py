@@ -10,8 +10,7 @@ from fastformer.ops.attention import kernel
 from fastformer.ops.attention.options import Options, check_extras, check_heads, check_mask, once, read_options
 from fastformer.ops.attention.packed_cpu import attend_on_cpu, takes
 from fastformer.ops.attention.reference import attention_reference
-from fastformer.ops.backend import backend_for
-from fastformer.ops.random import draw_seed
+from fastformer.ops.backend import autocast_dtype, backend_for
 from fastformer.ops.validate import check_tensor
 
 # Held here, so that ours may be put in its place in torch.nn.functional.
@@ -66,6 +65,11 @@ def scaled_dot_product_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
+    numbers = (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, return_lse)
+    given = (query, key, value, None, None, attn_mask, alibi_slopes, sinks, dropout_seed)
+    mark, known = kernel.find(numbers, *given)
+    if known is not None:
+        return kernel.repeat(known, dropout_p, *given)
     check_tensor("query", query)
     if query.ndim == 3 and isinstance(key, Tensor) and isinstance(value, Tensor) and key.ndim == value.ndim == 3:
         result = scaled_dot_product_attention(
@@ -97,23 +101,15 @@ def scaled_dot_product_attention(
         check_mask(attn_mask, query, (batch, heads, q_len, key.shape[2]))
         return read_options(head_dim, dropout_p, is_causal, scale, causal_alignment, window, softcap)
 
-    options = once(
-        check,
-        (query, key, value, attn_mask, alibi_slopes, sinks, dropout_seed),
-        ("dense", dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap),
-    )
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    options = once(check, mark)
+    lower = autocast_dtype(query.device)
+    if lower not in (None, query.dtype) and query.dtype != torch.float64:
+        query, key, value, mark = query.to(lower), key.to(lower), value.to(lower), None
     if backend_for(query.device) == "triton":
         reason = kernel.why_not(query, value, key, attn_mask, alibi_slopes, sinks)
         if reason is None:
-            if dropout_seed is None and options.dropout_p:
-                dropout_seed = draw_seed(query.device)
-            out, lse = kernel.run(
-                query, key, value, None, None, 0, 0, options, attn_mask, alibi_slopes, sinks, dropout_seed
-            )
-            return (out, lse) if return_lse else out
+            tensors = (query, key, value, None, None, attn_mask, alibi_slopes, sinks, dropout_seed)
+            return kernel.attend(mark, tensors, (0, 0), options, return_lse)
         kernel.say_once(reason)
     extras = (alibi_slopes, sinks, dropout_seed)
     # PyTorch's fused operators, and ours for the CPU, have no forward-mode derivative.

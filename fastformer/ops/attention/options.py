@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from fastformer.ops.operator import KEPT
 from fastformer.ops.validate import check_probability, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -66,34 +66,20 @@ class Options:
 _passed: dict[Any, Options] = {}
 
 
-def once(check: Callable[[], Options], tensors: tuple[object, ...], numbers: tuple[Any, ...]) -> Options:
+def once(check: Callable[[], Options], mark: Any) -> Options:
     """check(), or what it said of an earlier call of the same kind: checks cost more than a launch.
 
     Args:
         check: looks at nothing but the tensors' shapes, dtypes and devices, and the numbers.
-        tensors: the call's tensor arguments; anything but plain tensors and None is checked each time.
-        numbers: its other arguments, with what tells apart different checks.
+        mark: of the call, as `Kinds.find` gives it; None: checked each time.
     """
-    if torch.compiler.is_compiling():
-        return check()
-    kind: list[Any] = [numbers]
-    for x in tensors:
-        if x is None:
-            kind.append(None)
-        elif type(x) is Tensor or type(x) is Parameter:
-            kind.append((x.shape, x.dtype, x.device))
-        else:
-            return check()
-    try:
-        key = tuple(kind)
-        found = _passed.get(key)
-    except TypeError:  # a list for the window
-        return check()
+    found = None if mark is None else _passed.get(mark)
     if found is None:
         found = check()
-        if len(_passed) >= 256:
-            _passed.clear()
-        _passed[key] = found
+        if mark is not None:
+            if len(_passed) >= KEPT:
+                _passed.clear()
+            _passed[mark] = found
     return found
 
 
@@ -238,20 +224,27 @@ def check_boundaries(
     return cu_seqlens_q.shape[0] - 1
 
 
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values waits for no device: on the CPU, in eager mode."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 def check_boundary_values(
     query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
-    """Check the boundaries' values where reading them does not wait for a device: on the CPU, in eager mode.
+    """Check the boundaries' values where they are at hand.
 
     Raises:
         ValueError: they do not fit the tensors or the longest lengths.
     """
-    if query.device.type != "cpu" or type(cu_seqlens_q) is not Tensor or torch.compiler.is_compiling():
+    if not values_at_hand(cu_seqlens_q):
         return
     for which, cu, longest, tokens in (
         ("q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
         ("k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
     ):
+        if which == "k" and cu is cu_seqlens_q and (longest, tokens) == (max_seqlen_q, query.shape[0]):
+            return
         bounds = cu.tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
         if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:

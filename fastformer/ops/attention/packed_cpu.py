@@ -1,7 +1,7 @@
 """Packed attention on the CPU: one sequence at a time, softmax recomputed in the backward pass.
 
-- At encoder lengths (10–256 tokens) plain batched matrix products over one sequence's heads beat the padded and the
-  flash formulation two to three times in fp32, since a sequence's scores stay in the cache.
+- fp32 without dropout and bias takes PyTorch's own flash attention (`packed_flash`), two calls a sequence.
+- Everything else is batched matrix products over one sequence's heads, whose scores stay in the cache.
 - Nothing of size S² outlives the call: dropout masks are drawn again from their seed. Scores are made for so many
   heads at a time that they fit `_SCRATCH_BYTES`.
 - Half precision computes in fp32 and rounds once, at the end.
@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastformer.ops.attention import packed_flash
 from fastformer.ops.attention.options import Options
 from fastformer.ops.operator import Kernel, Operator, differentiate
 from fastformer.ops.random import draw_seed
@@ -50,6 +52,12 @@ def _lengths(bounds: Tensor, tokens: int) -> list[int]:
     """Lengths of the sequences, and of what comes after the last."""
     ends = [*bounds.tolist(), tokens]
     return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def _both_lengths(bounds_q: Tensor, bounds_k: Tensor, tokens_q: int, tokens_k: int) -> tuple[list[int], list[int]]:
+    lengths = _lengths(bounds_q, tokens_q)
+    same = bounds_k is bounds_q and tokens_k == tokens_q
+    return lengths, lengths if same else _lengths(bounds_k, tokens_k)
 
 
 def _sequences(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
@@ -135,12 +143,17 @@ def _forward(
     bottom_right: bool,
     scale: float,
     dropout_seed: Tensor | None,
-) -> Tensor:
-    """Output (T, H, Dv)."""
-    lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, Dv), and log-sum-exp of the scores (T, H), of meaning where `packed_flash` made them."""
+    lengths_q, lengths_k = _both_lengths(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    key, value, bad = _cleaned(key, value, is_causal)
+    plain = bias is None and dropout_seed is None and bad is None
+    # A second derivative is taken through what follows.
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if plain and not recorded and packed_flash.takes(query, key, value, is_causal, lengths_q, lengths_k):
+        return packed_flash.forward(query, key, value, lengths_q, lengths_k, is_causal, scale)
     pieces, groups = _pieces(query, key, lengths_q, lengths_k)
     out = query.new_zeros((*query.shape[:2], value.shape[2]))
-    key, value, bad = _cleaned(key, value, is_causal)
     queries, keys, values = _sequences(query, lengths_q), _sequences(key, lengths_k), _sequences(value, lengths_k)
     starts = cu_seqlens_q.tolist()
     bads = None if bad is None else _sequences(bad, lengths_k)
@@ -160,7 +173,7 @@ def _forward(
         # A view of its own: where a second derivative is taken, what `split` gives may not be written to.
         target = out.narrow(0, starts[i], q_len).transpose(0, 1)
         _put(target, torch.baddbmm(none, weights, v, beta=0, alpha=drops.factor), first, last, groups)
-    return out
+    return out, none.new_zeros(query.shape[:2])
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:
@@ -184,6 +197,8 @@ def _backward(
     cu_seqlens_k: Tensor,
     bias: Tensor | None,
     dropout_seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     dropout_p: float,
     is_causal: bool,
     bottom_right: bool,
@@ -191,11 +206,14 @@ def _backward(
     of_bias: bool,
 ) -> list[Tensor]:
     """Gradients of query, key and value, and, if `of_bias`, of the bias."""
+    lengths_q, lengths_k = _both_lengths(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    key, value, bad = _cleaned(key, value, is_causal)
+    plain = bias is None and dropout_seed is None and bad is None
+    if plain and packed_flash.takes(query, key, value, is_causal, lengths_q, lengths_k):
+        return packed_flash.backward(grad, query, key, value, out, lse, lengths_q, lengths_k, is_causal, scale)
+    pieces, groups = _pieces(query, key, lengths_q, lengths_k)
     grads = [torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value)]
     grad_q, grad_k, grad_v = grads
-    lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
-    pieces, groups = _pieces(query, key, lengths_q, lengths_k)
-    key, value, bad = _cleaned(key, value, is_causal)
     queries, sent, grads_q = (_sequences(x, lengths_q) for x in (query, grad, grad_q))
     keys, values, grads_k, grads_v = (_sequences(x, lengths_k) for x in (key, value, grad_k, grad_v))
     bads = None if bad is None else _sequences(bad, lengths_k)
@@ -226,8 +244,9 @@ def _backward(
     return [*grads, grad_bias.to(bias.dtype)]
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
-    return query.new_empty((*query.shape[:2], value.shape[2]))
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty((*query.shape[:2], value.shape[2])), lse
 
 
 def _fake_backward(
@@ -240,29 +259,29 @@ def _fake_backward(
 _backward_kernel = Kernel("attention_packed_cpu_backward", _backward, _fake_backward)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, p, is_causal, bottom_right, scale, seed = inputs
-    ctx.save_for_backward(*tensors, seed)
+    ctx.save_for_backward(*tensors, seed, *output)
     ctx.numbers = p, is_causal, bottom_right, scale
 
 
-def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _run_backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     found = _backward_kernel(grad, *ctx.saved_tensors, *ctx.numbers, ctx.needs_input_grad[5])
     return *found[:3], None, None, *(found[3:] or [None]), *[None] * 5
 
 
-def _second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, cu_q, cu_k, bias, seed = ctx.saved_tensors
+def _second(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    *tensors, cu_q, cu_k, bias, seed, _, _ = ctx.saved_tensors
     p, is_causal, bottom_right, scale = ctx.numbers
 
     def again(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(query, key, value, cu_q, cu_k, bias, p, is_causal, bottom_right, scale, seed)
+        return _forward(query, key, value, cu_q, cu_k, bias, p, is_causal, bottom_right, scale, seed)[0]
 
     *found, grad_bias = differentiate("attention_packed_cpu", again, (*tensors, bias), (grad,))
     return *found, None, None, grad_bias, *[None] * 5
 
 
-packed_cpu = Operator("attention_packed_cpu", _forward, _fake, _setup, _run_backward, _second)
+packed_cpu = Operator("attention_packed_cpu", _forward, _fake, _setup, _run_backward, _second, visible=1)
 
 
 def takes(options: Options, attn_mask: Tensor | None) -> bool:
@@ -301,7 +320,7 @@ def attend_on_cpu(
     if attn_mask is not None:
         bias = attn_mask[(None,) * (4 - attn_mask.ndim)][0].expand(query.shape[1], *longest)
     # Under autocast PyTorch would round the fp32 scores inside to half precision.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
         return packed_cpu(
             query, key, value, cu_seqlens_q, cu_seqlens_k, bias,
             options.dropout_p, options.is_causal, options.bottom_right, options.scale, seed,

@@ -18,8 +18,7 @@ from fastformer.ops.attention.options import (
 )
 from fastformer.ops.attention.packed_cpu import attend_on_cpu, takes
 from fastformer.ops.attention.packed_reference import varlen_reference
-from fastformer.ops.backend import backend_for
-from fastformer.ops.random import draw_seed
+from fastformer.ops.backend import autocast_dtype, backend_for
 from fastformer.ops.validate import check_tensor
 
 
@@ -71,6 +70,15 @@ def attention_varlen(
         ValueError, TypeError: an argument does not fit; the message names it.
     """
 
+    longest = (max_seqlen_q, max_seqlen_k)
+    numbers = (longest, dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, return_lse)
+    bounds = (cu_seqlens_q, cu_seqlens_k)
+    given = (query, key, value, *bounds, attn_mask, alibi_slopes, sinks, dropout_seed)
+    mark, known = kernel.find(numbers, *given)
+    if known is not None:
+        check_boundary_values(query, key, *bounds, *longest)
+        return kernel.repeat(known, dropout_p, *given)
+
     def check() -> Options:
         check_tensor("query", query, ndim=3)
         check_heads(query, key, value, 1, enable_gqa)
@@ -80,53 +88,19 @@ def attention_varlen(
         check_mask(attn_mask, query, (batch, query.shape[1], max_seqlen_q, max_seqlen_k))
         return options
 
-    options = once(
-        check,
-        (query, key, value, cu_seqlens_q, cu_seqlens_k, attn_mask, alibi_slopes, sinks, dropout_seed),
-        (
-            "packed",
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            causal_alignment,
-            window,
-            softcap,
-        ),
-    )
-    check_boundary_values(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    options = once(check, mark)
+    check_boundary_values(query, key, *bounds, *longest)
+    lower = autocast_dtype(query.device)
+    if lower not in (None, query.dtype) and query.dtype != torch.float64:
+        query, key, value, mark = query.to(lower), key.to(lower), value.to(lower), None
+    extras = (attn_mask, alibi_slopes, sinks, dropout_seed)
     if backend_for(query.device) == "triton":
         reason = kernel.why_not(query, value, key, attn_mask, alibi_slopes, sinks)
         if reason is None:
-            if dropout_seed is None and options.dropout_p:
-                dropout_seed = draw_seed(query.device)
-            out, lse = kernel.run(
-                query,
-                key,
-                value,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                max_seqlen_q,
-                max_seqlen_k,
-                options,
-                attn_mask,
-                alibi_slopes,
-                sinks,
-                dropout_seed,
-            )
-            return (out, lse) if return_lse else out
+            return kernel.attend(mark, (query, key, value, *bounds, *extras), longest, options, return_lse)
         kernel.say_once(reason)
-    extras = (attn_mask, alibi_slopes, sinks, dropout_seed)
     short = query.device.type == "cpu" and not return_lse and all(x is None for x in extras[1:])
     if short and not kernel.has_tangent(query, key, value, attn_mask) and takes(options, attn_mask):
-        longest = max_seqlen_q, max_seqlen_k
-        return attend_on_cpu(query, key, value, cu_seqlens_q, cu_seqlens_k, options, attn_mask, longest)
-    out, lse = varlen_reference(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, *extras
-    )
+        return attend_on_cpu(query, key, value, *bounds, options, attn_mask, longest)
+    out, lse = varlen_reference(query, key, value, *bounds, *longest, options, *extras)
     return (out, lse) if return_lse else out

@@ -139,7 +139,7 @@ def _forward(
     slopes = None if slopes is None else slopes.contiguous()
     rows = None if rows is None else rows.contiguous()
     lse = (lse if cu_q is None else lse.t()).contiguous().float()
-    call = kernel.make_call((query, key, key, cu_q, cu_k, max_q, max_k, mask, slopes, None, seed), numbers)
+    call = kernel.make_call((query, key, key, cu_q, cu_k, mask, slopes, None, seed), (max_q, max_k, *numbers))
     return kernels("attention.weights").attention_weights(call, lse, rows, average)
 
 
