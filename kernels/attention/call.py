@@ -4,6 +4,8 @@ Those numbers follow from shapes, strides, dtypes and options alone, so they are
 with them whatever launchers make of them: a training step repeats the same few calls in every layer.
 """
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,6 +30,12 @@ _derived: dict[Any, dict[str, Any]] = {}
 def forget() -> None:
     """Derive and prepare anew from now on, as after a change of the tiles."""
     _derived.clear()
+
+
+@functools.cache
+def hopper_launchers() -> Any:
+    """The module of the Hopper kernels' launchers; imported where they are chosen."""
+    return importlib.import_module("fastformer.kernels.attention.hopper")
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
@@ -158,11 +166,6 @@ class Call:
         batch, heads, length, _ = x.shape
         strides = (max(length, 1) * max(heads, 1) * row, row, max(heads, 1) * row, 1)
         return (batch, heads, length, last), strides
-
-    def empty_like(self, x: Tensor) -> Tensor:
-        """Uninitialised tensor of that layout."""
-        shape, strides = self.layout_like(x)
-        return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
     def row_strides(self) -> tuple[int, int]:
         """(batch, head) strides of the LSE and of delta."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.attention.call import Call, as_bytes
+from fastformer.kernels.attention.call import Call, as_bytes, hopper_launchers
 from fastformer.kernels.attention.config import bind, forward_config, short_config
 from fastformer.kernels.attention.score import (
     CHANGING,
@@ -211,18 +211,15 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     Returns:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
-    if hopper_chosen(call.query.device):
-        from fastformer.kernels.attention.hopper import hopper_forward
-
-        results = hopper_forward(call)
-        if results is not None:
-            return results
     return bind_forward(call)(*call.tensors)
 
 
 def bind_forward(call: Call) -> Forward:
-    """`attention_forward` by the portable kernels, as a function of `Call.tensors` for all calls with these numbers."""
-    return call.once(("forward", call.short), lambda: _forward_of(call))
+    """`attention_forward` as a function of `Call.tensors` for all calls with these numbers."""
+    if not hopper_chosen(call.query.device):
+        return call.once(("forward", call.short), lambda: _forward_of(call))
+    hopper = hopper_launchers()
+    return call.once(("Hopper forward", hopper.forward_kernel), lambda: hopper.bind_forward(call, _forward_of(call)))
 
 
 def _forward_of(call: Call) -> Forward:
