@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces what is simulated", allow_module_level=True)
 
 from fastformer.kernels.attention import forward, hopper
+from fastformer.kernels.targets import TARGETS, assume
 from tests import gluon_sim
 from tests.gluon_sim.attention import Problem, simulated
 from tests.ops.attention_oracle import as_exact
@@ -188,7 +189,8 @@ def test_the_launcher_takes_them(monkeypatch):
     inputs = problem.draw()
     expected = simulated(problem.call(*inputs), monkeypatch)
     monkeypatch.setattr(forward, "hopper_chosen", lambda device: True)
-    found = forward.attention_forward(problem.call(*inputs))
+    with assume(TARGETS["sm_90"]):
+        found = forward.attention_forward(problem.call(*inputs))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -209,7 +211,7 @@ def test_the_launcher_takes_them(monkeypatch):
 )
 def test_what_they_do_not_take(change):
     problem = Problem()
-    assert hopper.hopper_forward(problem.call(*change(*problem.draw()))) is None
+    assert hopper.bind_forward(problem.call(*change(*problem.draw())), None) is None
 
 
 def test_rules_they_do_not_take():
@@ -218,6 +220,6 @@ def test_rules_they_do_not_take():
     for name, value in (("sinks", torch.zeros(2)), ("slopes", torch.zeros(2)), ("mask", torch.zeros(1, 2, 130, 200))):
         call = problem.call(*inputs)
         setattr(call, name, value)
-        assert hopper.hopper_forward(call) is None
+        assert hopper.bind_forward(call, None) is None
     problem.rules = {"scale": -0.1}
-    assert hopper.hopper_forward(problem.call(*inputs)) is None
+    assert hopper.bind_forward(problem.call(*inputs), None) is None
