@@ -89,12 +89,12 @@ def _backward_of(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, *into: 
         places = (as_bytes(mask), slopes, seed, cu_q, cu_k)
         if short:
             if rows or keys:
-                all_three(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
+                all_three.launch(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
             return dq, dk, dv, delta
         if rows:
-            by_query(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
+            by_query.launch(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
         if keys:
-            by_key(query, key, value, grad_out, lse, delta, dk, dv, *places)
+            by_key.launch(query, key, value, grad_out, lse, delta, dk, dv, *places)
         return dq, dk, dv, delta
 
     return run

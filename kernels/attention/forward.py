@@ -244,7 +244,7 @@ def _forward_of(call: Call) -> Forward:
         out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
         lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
         if not empty:
-            launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
+            launch.launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
         return out, lse
 
     return run
