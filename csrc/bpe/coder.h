@@ -46,7 +46,9 @@ class Coder final : public Encoder {
   private:
     static constexpr size_t kScanned = 8192;     // pretokens scanned at once; the scanners' window fits
     static constexpr size_t kBatch = 128;        // pretokens whose cache entries are fetched before the first is needed
+    static constexpr size_t kFew = 8;
     static constexpr size_t kMarks = 512;        // short texts that are looked up together
+    static constexpr size_t kAhead = 8;          // texts asked for before the first is copied
     static constexpr uint32_t kElsewhere = 15;   // in place of a count
     static constexpr size_t kWindow = Lanes::kLongest;
     static constexpr int kValidBits = 12;
@@ -85,12 +87,14 @@ class Coder final : public Encoder {
     struct Marks {
         uint32_t ends[kMarks];
         size_t size, next, before;
-        IdBuffer& counts;
+        uint32_t* counts;
 
+        // Where the next text ends.
+        size_t end() const { return next < size ? ends[next] : ~size_t{0}; }
         // The text from `at` on comes after `ids` ids.
         void pass(size_t at, size_t ids) {
             for (; next < size && ends[next] <= at; next++) {
-                counts.push(static_cast<uint32_t>(ids - before));
+                counts[next] = static_cast<uint32_t>(ids - before);
                 before = ids;
             }
         }
@@ -198,9 +202,13 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
             continue;
         }
         // As many as fit side by side; each is scanned as a text of its own, all are looked up together.
-        Marks marks{{}, 0, 0, out.size(), counts};
+        Marks marks;
+        marks.size = marks.next = 0;
+        marks.before = out.size();
+        marks.counts = counts.room(kMarks);
         size_t size = 0, pieces = 0;
         for (; i < count && marks.size < kMarks && texts[i].size <= std::min(kScanned / 4, kScanned - size); i++) {
+            if (i + kAhead < count) fetch(texts[i + kAhead].data);
             std::copy_n(texts[i].data, texts[i].size, joined_.data() + size);
             size_t pos = size;
             size += texts[i].size;
@@ -210,6 +218,7 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
         stops_[0] = 0;
         look_up(joined_.data(), size, stops_.data(), pieces, true, out, &marks);
         marks.pass(size, out.size());
+        counts.add(marks.size);
     }
 }
 

@@ -217,6 +217,11 @@ def _derive(
     # Sequences whose keys lie in one tile. The interpreter's bound is small, so that small tests reach both ways.
     length = max(q_len, k_len)
     short = length <= (20 if interpreting() else SHORT) and longest <= 128 and (interpreting() or not single)
+    # Kernels are compiled once for masks whose rows are aligned, and once for all others, whatever their lengths: only
+    # where rows of keys differ from query to query is that worth anything.
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    aligned = mask_strides[2] != 0 and mask_strides[2] < 2**31 and not any(s % 16 for s in mask_strides[:3])
+    unit = 16 if aligned else 1
     # One program would hold the sums of several heads, or more than these of 128 tokens, only by spilling.
     bare = mask is None and not causal
     return {
@@ -228,7 +233,7 @@ def _derive(
         "value_dim": value_dim,
         "q_len": q_len,
         "k_len": k_len,
-        "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
+        "mask_strides": (*(s // unit for s in mask_strides[:3]), mask_strides[3]),
         "slope_stride": slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
         "scale": scale,
         "scales": (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0),
@@ -252,6 +257,7 @@ def _derive(
             "BOOL_MASK": mask is not None and mask.dtype == _BOOL,
             # A mask that is the same for all queries, as padding is: its keys need not even be read.
             "KEY_MASK": mask is not None and mask.stride(-2) == 0,
+            "MASK_UNIT": unit,
             "SOFTCAP": softcap != 0.0,
             "DROPOUT": dropout_p > 0.0,
             "HEAD_DIM": head_dim,
