@@ -1,6 +1,8 @@
 """Repeated calls: what the first of a kind has found is used by the next, and by no call of another kind."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -244,3 +246,19 @@ def test_wrong_arguments_of_attention_are_refused_after_right_ones(device):
         scaled_dot_product_attention(query, query, query, None, 1.5)
     with pytest.raises(TypeError, match="window must be a pair"):
         scaled_dot_product_attention(query, query, query, window=3)
+
+
+def test_a_kind_of_attention_keeps_no_tensor(device):
+    query = drawn(device, 1, 2, 8, 16).requires_grad_()
+    held = weakref.ref(query)
+    out = scaled_dot_product_attention(query, query, query, is_causal=True)
+    torch.autograd.grad(out.sum(), query)
+    cached = drawn(device, 1, 8, 2, 16)
+    also_held = weakref.ref(cached)
+    attention_kv_cache(cached[:, :1], cached, cached, torch.tensor([3], dtype=torch.int32, device=device))
+    assert kernel._kinds.found
+    assert cache._kinds.found
+    del query, out, cached
+    gc.collect()
+    assert held() is None
+    assert also_held() is None
