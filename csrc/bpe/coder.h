@@ -46,7 +46,9 @@ class Coder final : public Encoder {
   private:
     static constexpr size_t kScanned = 8192;     // pretokens scanned at once; the scanners' window fits
     static constexpr size_t kBatch = 128;        // pretokens whose cache entries are fetched before the first is needed
+    static constexpr size_t kFew = 8;            // pretokens that are looked at one by one
     static constexpr size_t kMarks = 512;        // short texts that are looked up together
+    static constexpr size_t kAhead = 8;          // texts asked for before the first is copied
     static constexpr uint32_t kElsewhere = 15;   // in place of a count
     static constexpr size_t kWindow = Lanes::kLongest;
     static constexpr int kValidBits = 12;
@@ -61,7 +63,7 @@ class Coder final : public Encoder {
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
         ShortKey keys[kBatch];
-        const ShortLine* lines[kBatch];  // where the short cache may have them
+        const ShortLine* lines[kBatch];  // where the short cache may have them, until it is written to
         uint32_t long_ones[kBatch + 1];  // those that it cannot have, and then anything
     };
     // What is done about the part of a batch that begins with a pretoken that no cache holds.
@@ -85,12 +87,14 @@ class Coder final : public Encoder {
     struct Marks {
         uint32_t ends[kMarks];
         size_t size, next, before;
-        IdBuffer& counts;
+        uint32_t* counts;
 
+        // Where the next text ends.
+        size_t end() const { return next < size ? ends[next] : ~size_t{0}; }
         // The text from `at` on comes after `ids` ids.
         void pass(size_t at, size_t ids) {
             for (; next < size && ends[next] <= at; next++) {
-                counts.push(static_cast<uint32_t>(ids - before));
+                counts[next] = static_cast<uint32_t>(ids - before);
                 before = ids;
             }
         }
@@ -149,8 +153,9 @@ inline void Coder::seed() {
         uint32_t group = 0;
         while (token > 0 && group < kStep) {
             Span s = vocab_.bytes_of_token(--token);
+            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token)) continue;
             // Bytes that no text has mean something else in a key.
-            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token) || *std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
+            if (*std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
             keys[group] = short_key(s.data, s.size, vocab_.readable(s));
             short_.prefetch(keys[group]);
             ids[group++] = vocab_.external(token);
@@ -198,9 +203,13 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
             continue;
         }
         // As many as fit side by side; each is scanned as a text of its own, all are looked up together.
-        Marks marks{{}, 0, 0, out.size(), counts};
+        Marks marks;
+        marks.size = marks.next = 0;
+        marks.before = out.size();
+        marks.counts = counts.room(kMarks);
         size_t size = 0, pieces = 0;
         for (; i < count && marks.size < kMarks && texts[i].size <= std::min(kScanned / 4, kScanned - size); i++) {
+            if (i + kAhead < count) fetch(texts[i + kAhead].data);
             std::copy_n(texts[i].data, texts[i].size, joined_.data() + size);
             size_t pos = size;
             size += texts[i].size;
@@ -210,6 +219,7 @@ inline void Coder::encode_many(Pattern pattern, const Span* texts, size_t count,
         stops_[0] = 0;
         look_up(joined_.data(), size, stops_.data(), pieces, true, out, &marks);
         marks.pass(size, out.size());
+        counts.add(marks.size);
     }
 }
 

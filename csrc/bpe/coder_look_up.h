@@ -34,7 +34,8 @@ inline bool is_wide(const uint8_t* text, size_t begin, size_t end) {
 inline void Coder::take(Batch& batch, const uint8_t* text, Stops& left) const {
     size_t next = std::min(kBatch, left.count - left.done);
     const uint32_t* stops = left.stops + left.done;
-    if (left.plain && left.start == stops[0] && !is_wide(text, left.start, stops[next])) {
+    // A look at the whole of a few pretokens costs more than one at each.
+    if (next >= kFew && left.plain && left.start == stops[0] && !is_wide(text, left.start, stops[next])) {
         batch.stops = stops;
         batch.size = next;
         left.done += next;
@@ -130,10 +131,15 @@ size_t Coder::emit_found(const Batch& batch, const uint8_t* text, size_t n, IdBu
     uint32_t* first = out.room(LongCache::kIds * batch.size);
     uint32_t* to = first;
     size_t before = out.size(), size = batch.size, i = 0;
+    [[maybe_unused]] size_t end = marked ? marks->end() : 0;
     for (; i < size; i++) {
         // A loop without a call, so that all it needs stays in registers.
         for (; i < size; i++) {
-            if constexpr (marked) marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
+            if constexpr (marked)
+                if (batch.stops[i] >= end) [[unlikely]] {
+                    marks->pass(batch.stops[i], before + static_cast<size_t>(to - first));
+                    end = marks->end();
+                }
             const uint32_t* ids = probe(batch.lines[i], batch.keys[i]);
             if (!ids) [[unlikely]] break;
             to = put(ids, to);

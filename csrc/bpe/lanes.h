@@ -4,19 +4,14 @@
 #pragma once
 #include <bit>
 
-#include "bpe/vocab.h"
+#include "bpe/merge.h"
 
 namespace fastformer::bpe::FASTFORMER_ISA {
 
 class Lanes {
   public:
-    static constexpr size_t kLongest = 64;
-
-    struct Job {
-        const uint8_t* data;
-        uint32_t size;   // 1 to kLongest
-        uint32_t index;  // the caller's
-    };
+    static constexpr size_t kLongest = kScanLimit;
+    using Job = MergeJob;
 
     // Calls `done(index, tokens, count)` for every job, in any order.
     template <typename Done>

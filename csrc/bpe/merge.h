@@ -10,6 +10,16 @@ namespace fastformer::bpe {
 
 inline constexpr size_t kScanLimit = 64;
 
+// Bytes to merge beside others (lanes.h): at least one, at most kScanLimit. `index` is the caller's.
+struct MergeJob {
+    const uint8_t* data;
+    uint32_t size, index;
+};
+using MergeDone = void (*)(void* context, uint32_t index, const uint32_t* tokens, size_t count);
+
+// Calls `done` with the tokens of every job, in any order; by the best instruction set there is.
+void merge_side_by_side(const PairTable& pairs, const MergeJob* jobs, size_t count, MergeDone done, void* context);
+
 // Merges n <= kScanLimit tokens in place by scanning for the lowest rank; returns how many are left. `rank` maps a
 // merged token to its rank.
 template <typename Rank>

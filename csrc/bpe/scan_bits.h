@@ -17,11 +17,12 @@ class Boundaries {
         size_t words = (size_ + 63) / 64;
         std::memset(starts_, 0, (words + 1) * sizeof starts_[0]);
         starts_[0] = 1;
-        if (size_ < kShort) return flatten(ends, last = walk(0, size_), words);
-        // The last word is always walked: the text goes on behind the window, or ends there.
+        // The last word is walked where the text goes on behind the window.
+        bool whole = w_.end == x_.n;
+        size_t known = whole ? words : words - 1;
         uint64_t keep = ~uint64_t{0};
-        for (size_t i = 0; i + 1 < words;) {
-            if (word(i, keep)) {
+        for (size_t i = 0; i < known;) {
+            if (i + 1 < words ? word<false>(i, keep) : word<true>(i, keep & (~uint64_t{0} >> (-size_ & 63)))) {
                 keep = ~uint64_t{0};
                 i++;
                 continue;
@@ -33,12 +34,12 @@ class Boundaries {
             keep = ~uint64_t{0} << (pos & 63);
             before_ = {};
         }
+        if (whole) return flatten(ends, last = w_.end, words);
         size_t begin = 64 * (words - 1);
         return flatten(ends, last = walk(trusted(begin), size_), words);
     }
 
   private:
-    static constexpr size_t kShort = 128;
     static constexpr bool kIsGpt2 = pattern == Pattern::kGpt2, kIsO200k = pattern == Pattern::kO200k;
     static constexpr size_t kDigits = pattern == Pattern::kQwen2 ? 1 : kIsGpt2 ? 0 : 3;  // in a pretoken; 0: any number
 
@@ -51,7 +52,9 @@ class Boundaries {
 
     static uint64_t shifted(uint64_t now, uint64_t before, int by = 1) { return now << by | before >> (64 - by); }
 
-    // Marks the starts in word i, of the bits in `keep` only. False where they do not follow from bits.
+    // Marks the starts in word i, of the bits in `keep` only. False where they do not follow from bits. `ends`: the text
+    // ends in this word.
+    template <bool ends>
     bool word(size_t i, uint64_t keep) {
         uint64_t space = map(kSpaceMap, i) & keep, punct = map(kPunctMap, i) & keep, tail = w_.tail[i] & keep;
         uint64_t newline = w_.newline[i] & keep, blank = w_.blank[i] & keep;
@@ -72,6 +75,8 @@ class Boundaries {
         if (space & tail) return false;
         if (kDigits > 1 && (number & tail)) return false;
         uint64_t next_space = space >> 1 | map(kSpaceMap, i + 1) << 63;
+        // White space that ends the text is one pretoken.
+        if constexpr (ends) next_space |= uint64_t{1} << ((size_ - 1) & 63);
         uint64_t after_letter = shifted(letter, before_.letter), after_punct = shifted(punct, before_.punct);
         uint64_t after_blank = shifted(blank, before_.blank), after_space = shifted(space, before_.space);
         uint64_t other_space = space & ~newline;
@@ -93,9 +98,10 @@ class Boundaries {
             groups = numbers(number, tail);
             starts |= groups;
             // Newlines after punctuation belong to it; what white space follows them is a new pretoken.
-            uint64_t first = newline & (after_punct | before_.in_lines), ends = newline + first;
-            in_lines = ends < newline;
-            uint64_t absorbed = newline & ~ends, behind = (ends & ~newline) | (before_.in_lines & ~newline);
+            uint64_t first = newline & (after_punct | before_.in_lines), past_lines = newline + first;
+            in_lines = past_lines < newline;
+            uint64_t absorbed = newline & ~past_lines;
+            uint64_t behind = (past_lines & ~newline) | (before_.in_lines & ~newline);
             if (kIsO200k && (behind & w_.slash[i])) return false;
             starts &= ~absorbed;
             starts |= behind & space;
@@ -214,10 +220,10 @@ inline constexpr size_t kScalar = 48;
 
 template <Pattern pattern>
 size_t scan(const uint8_t* text, size_t n, size_t& pos, uint32_t* ends, size_t capacity) {
-    thread_local Window window;
-    const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
     size_t count = 0, i = pos;
     if (n - i < kScalar) return scalar::scan<pattern>(text, n, pos, ends, capacity);
+    thread_local Window window;
+    const Tables& tables = pattern == Pattern::kDeepseek ? deepseek_tables() : unicode::tables();
     // A window may end in as many pretokens as it has bytes; the first always fits what callers give.
     while (i < n && (capacity - count >= kWindow || count == 0)) {
         size_t end = n - i > kWindow ? i + kWindow : n;

@@ -67,4 +67,14 @@ std::unique_ptr<Encoder> Encoder::make(const Vocab& vocab, Isa isa) {
     return portable::encoder(vocab);
 }
 
+void merge_side_by_side(const PairTable& pairs, const MergeJob* jobs, size_t count, MergeDone done, void* context) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (best_isa() == Isa::kAvx512) return avx512::merge(pairs, jobs, count, done, context);
+    if (best_isa() == Isa::kAvx2) return avx2::merge(pairs, jobs, count, done, context);
+#elif defined(__aarch64__) && defined(__GNUC__)
+    if (best_isa() == Isa::kNeon) return neon::merge(pairs, jobs, count, done, context);
+#endif
+    portable::merge(pairs, jobs, count, done, context);
+}
+
 }  // namespace fastformer::bpe

@@ -9,12 +9,7 @@
 #include "bpe/joints.h"
 #include "bpe/merge.h"
 
-#define FASTFORMER_ISA portable
-#include "bpe/lanes.h"
-
 namespace fastformer::bpe {
-
-using portable::Lanes;
 
 void PairTable::reserve(size_t count) {
     int bits = 4;
@@ -138,22 +133,32 @@ void Vocab::number_tokens(const std::vector<Span>& tokens, const std::vector<uin
 }
 
 void Vocab::index_bytes() {
+    constexpr uint32_t kStep = 16;  // places asked for before the first is looked at
     size_t capacity = 16;
     while (capacity < 2 * size()) capacity *= 2;
     index_.assign(capacity, ~uint64_t{0});
-    for (uint32_t token = 0; token < size(); token++) {
-        Span s = bytes_of_token(token);
-        uint64_t h = hash_bytes(s.data, s.size);
-        size_t i = h & (capacity - 1);
-        for (; index_[i] != ~uint64_t{0}; i = (i + 1) & (capacity - 1)) {
-            if (index_[i] >> 32 != h >> 32) continue;
-            Span other = bytes_of_token(static_cast<uint32_t>(index_[i]));
-            if (other.size == s.size && std::memcmp(other.data, s.data, s.size) == 0)
-                throw std::invalid_argument("the vocabulary holds the same token twice, as ids " +
-                                            std::to_string(external_[static_cast<uint32_t>(index_[i])]) + " and " +
-                                            std::to_string(external_[token]));
+    uint64_t hashes[kStep];
+    for (uint32_t first = 0; first < size(); first += kStep) {
+        uint32_t last = std::min<uint32_t>(first + kStep, static_cast<uint32_t>(size()));
+        for (uint32_t token = first; token < last; token++) {
+            Span s = bytes_of_token(token);
+            hashes[token - first] = hash_bytes(s.data, s.size);
+            fetch(&index_[hashes[token - first] & (capacity - 1)]);
         }
-        index_[i] = (h >> 32) << 32 | token;
+        for (uint32_t token = first; token < last; token++) {
+            Span s = bytes_of_token(token);
+            uint64_t h = hashes[token - first];
+            size_t i = h & (capacity - 1);
+            for (; index_[i] != ~uint64_t{0}; i = (i + 1) & (capacity - 1)) {
+                if (index_[i] >> 32 != h >> 32) continue;
+                Span other = bytes_of_token(static_cast<uint32_t>(index_[i]));
+                if (other.size == s.size && std::memcmp(other.data, s.data, s.size) == 0)
+                    throw std::invalid_argument("the vocabulary holds the same token twice, as ids " +
+                                                std::to_string(external_[static_cast<uint32_t>(index_[i])]) + " and " +
+                                                std::to_string(external_[token]));
+            }
+            index_[i] = (h >> 32) << 32 | token;
+        }
     }
 }
 
@@ -191,12 +196,13 @@ void Vocab::build(const std::vector<Span>& tokens, const std::vector<uint32_t>& 
     for (uint32_t i = 0; i < n; i++)
         if (tokens[i].size > 1) order.push_back(i);
     if (order.size() != n) throw std::invalid_argument("the vocabulary holds the same single byte twice");
-    std::stable_sort(order.begin() + 256, order.end(), [&](uint32_t a, uint32_t b) { return rank_of[a] < rank_of[b]; });
+    auto by_rank = [&](uint32_t a, uint32_t b) { return rank_of[a] < rank_of[b]; };
+    if (!std::is_sorted(order.begin() + 256, order.end(), by_rank)) std::stable_sort(order.begin() + 256, order.end(), by_rank);
     // Shorter tokens first: how t's bytes merge depends on shorter tokens only.
-    std::vector<uint32_t> by_length(n - 256);
-    std::iota(by_length.begin(), by_length.end(), 256);
-    std::stable_sort(by_length.begin(), by_length.end(),
-                     [&](uint32_t a, uint32_t b) { return tokens[order[a]].size < tokens[order[b]].size; });
+    std::vector<uint32_t> by_length(n - 256), next(longest_ + 2, 0);
+    for (size_t k = 256; k < n; k++) next[tokens[order[k]].size + 1]++;
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    for (uint32_t k = 256; k < n; k++) by_length[next[tokens[order[k]].size]++] = k;
     left_.assign(n, kNone);
     right_.assign(n, kNone);
     pairs_.reserve(n);
@@ -216,8 +222,7 @@ void Vocab::build(const std::vector<Span>& tokens, const std::vector<uint32_t>& 
 // side by side.
 void Vocab::split_by_ranks(const std::vector<Span>& tokens, const std::vector<uint32_t>& order,
                            const std::vector<uint32_t>& by_length) {
-    auto lanes = std::make_unique<Lanes>();
-    std::vector<Lanes::Job> jobs;
+    std::vector<MergeJob> jobs;
     std::vector<uint32_t> made, parts;
     auto close = [&](uint32_t token, const uint32_t* parts, size_t count) {
         if (count != 2) return;
@@ -231,7 +236,7 @@ void Vocab::split_by_ranks(const std::vector<Span>& tokens, const std::vector<ui
         made.clear();
         for (; i < by_length.size() && tokens[order[by_length[i]]].size == length; i++) {
             const Span& s = tokens[order[by_length[i]]];
-            if (length <= Lanes::kLongest) {
+            if (length <= kScanLimit) {
                 jobs.push_back({s.data, static_cast<uint32_t>(s.size), by_length[i]});
                 continue;
             }
@@ -239,7 +244,10 @@ void Vocab::split_by_ranks(const std::vector<Span>& tokens, const std::vector<ui
             size_t count = merge_heap(pairs_, parts, [](uint32_t token) { return token; });
             close(by_length[i], parts.data(), count);
         }
-        lanes->run(pairs_, jobs.data(), jobs.size(), close);
+        auto done = [](void* context, uint32_t token, const uint32_t* parts, size_t count) {
+            (*static_cast<decltype(close)*>(context))(token, parts, count);
+        };
+        merge_side_by_side(pairs_, jobs.data(), jobs.size(), done, &close);
         for (uint32_t token : made) pairs_.insert(left_[token], right_[token], token);
     }
 }

@@ -77,7 +77,7 @@ PyObject* encode_array(PyObject* self, PyObject* args) {
         Text text(object);
         IdBuffer ids;
         {
-            Lease encoder(engine_of(self));
+            Lease<true> encoder(engine_of(self));
             encode_text(engine_of(self), *encoder, pattern_from(pattern), text, ids);
         }
         return new_ids(object_of(self)->ids_type, ids);
@@ -91,16 +91,15 @@ PyObject* count(PyObject* self, PyObject* args) {
         if (!PyArg_ParseTuple(args, "Ol:count", &object, &pattern)) return nullptr;
         Text text(object);
         IdBuffer ids;
-        Lease encoder(engine_of(self));
+        Lease<true> encoder(engine_of(self));
         encode_text(engine_of(self), *encoder, pattern_from(pattern), text, ids);
         return PyLong_FromSize_t(ids.size());
     });
 }
 
 // The texts [low, high) of a batch: those that are valid together, the others each for itself.
-void encode_range(Engine& engine, Pattern pattern, const std::vector<Span>& texts, const std::vector<bool>& checked,
-                  size_t low, size_t high, IdBuffer& ids, IdBuffer& counts) {
-    Lease encoder(engine);
+void encode_range(Engine& engine, Encoder& encoder, Pattern pattern, const std::vector<Span>& texts,
+                  const std::vector<bool>& checked, size_t low, size_t high, IdBuffer& ids, IdBuffer& counts) {
     for (size_t i = low; i < high;) {
         size_t end = i, valid = 0;
         for (; end < high; end++) {
@@ -108,10 +107,10 @@ void encode_range(Engine& engine, Pattern pattern, const std::vector<Span>& text
             valid = checked[end] ? s.size : unicode::valid_utf8_prefix(s.data, s.size);
             if (valid != s.size) break;
         }
-        encoder->encode_many(pattern, texts.data() + i, end - i, ids, counts);
+        encoder.encode_many(pattern, texts.data() + i, end - i, ids, counts);
         if (end < high) {
             size_t before = ids.size();
-            encode_invalid(engine.vocab, *encoder, pattern, texts[end].data, texts[end].size, valid, ids);
+            encode_invalid(engine.vocab, encoder, pattern, texts[end].data, texts[end].size, valid, ids);
             counts.push(static_cast<uint32_t>(ids.size() - before));
             end++;
         }
@@ -135,16 +134,20 @@ PyObject* encode_batch(PyObject* self, PyObject* args) {
         std::vector<IdBuffer> ids(parts), counts(parts);
         std::vector<std::exception_ptr> failed(parts);
         IdBuffer ends;
+        Lease<true> own(engine_of(self));
         {
             GilRelease release(total >= kReleaseBytes);
             std::vector<size_t> cuts(parts + 1, spans.size());
             cuts[0] = 0;
             for (size_t i = 0, part = 1, seen = 0; i < spans.size() && part < parts; seen += spans[i++].size)
                 if (seen >= total / parts * part) cuts[part++] = i;
+            auto encode = [&](size_t part, Encoder& encoder) {
+                encode_range(engine_of(self), encoder, pattern, spans, texts.checked(), cuts[part], cuts[part + 1], ids[part],
+                             counts[part]);
+            };
             auto work = [&](size_t part) {
                 try {
-                    encode_range(engine_of(self), pattern, spans, texts.checked(), cuts[part], cuts[part + 1], ids[part],
-                                 counts[part]);
+                    part ? encode(part, *Lease<false>(engine_of(self))) : encode(0, *own);
                 } catch (...) {
                     failed[part] = std::current_exception();
                 }
@@ -188,6 +191,8 @@ PyObject* encode_pieces(PyObject* self, PyObject* args) {
         PyObject *object, *boundaries;
         if (!PyArg_ParseTuple(args, "OO:encode_pieces", &object, &boundaries)) return nullptr;
         Text text(object);
+        if (!text.is_str() && unicode::valid_utf8_prefix(text.data(), text.size()) != text.size())
+            throw std::invalid_argument("text must be valid UTF-8");
         Buffer ends(boundaries);
         size_t last = 0;
         for (size_t i = 0; i < ends.count(); last = ends.numbers()[i++])
@@ -195,8 +200,8 @@ PyObject* encode_pieces(PyObject* self, PyObject* args) {
                 throw std::invalid_argument("ends must rise and stay within the text");
         IdBuffer ids;
         {
+            Lease<true> encoder(engine_of(self));
             GilRelease release(text.size() >= kReleaseBytes);
-            Lease encoder(engine_of(self));
             encoder->encode_pieces(text.data(), text.size(), ends.numbers(), ends.count(), 0, ids);
         }
         return new_ids(object_of(self)->ids_type, ids);
@@ -227,7 +232,7 @@ PyObject* scan(PyObject*, PyObject* args) {
 PyObject* encode_list(Engine& engine, long pattern, PyObject* object) {
     return guarded([&]() -> PyObject* {
         Text text(object);
-        Lease encoder(engine);
+        Lease<true> encoder(engine);
         // A long text's ids would stay with the encoder.
         IdBuffer own;
         IdBuffer& ids = text.size() < (1 << 16) ? encoder->scratch() : own;

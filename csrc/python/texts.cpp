@@ -37,6 +37,8 @@ T* of_capsule(PyObject* capsule, const char* name) {
     return found;
 }
 
+constexpr Py_ssize_t kAhead = 8;  // objects asked for before the first is needed
+
 // Whether offsets have 64 bits.
 bool is_large(const ArrowSchema& schema) {
     std::string format = schema.format ? schema.format : "";
@@ -96,6 +98,7 @@ void Texts::from_sequence(PyObject* object) {
     checked_.reserve(static_cast<size_t>(n));
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject* item = PyList_GetItem(list_.get(), i);
+        if (i + kAhead < n) bpe::fetch(PyList_GetItem(list_.get(), i + kAhead));
         Py_ssize_t size;
         const char* data = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, &size) : nullptr;
         if (data) {

@@ -22,8 +22,9 @@ from fastformer.ops.random import drop_numbers
 
 # Products that fill the device so often are formed one by one: PyTorch's then use it as well, and faster.
 MOST_WAVES = 8.0
-# Elements of the feed-forward part's activations that are kept for backward. More are made again from what went in:
-# their memory counts (a quarter of a layer's), and one more launch no longer does.
+# Elements of the feed-forward part's activations up to which all is kept for backward. Beyond, memory counts and a few
+# launches no longer do: activations are made again from what went in (four widths of a token's 16), and so are the sum
+# and the norm after attention (two), by attention's output product, a twelfth of forward's.
 MOST_KEPT = 1 << 23
 
 
@@ -117,9 +118,9 @@ class Kept(NamedTuple):
     qkv: Tensor
     mixed: Tensor
     lse: Tensor
-    z: Tensor
-    stats: Tensor
-    y: Tensor
+    z: Tensor | None
+    stats: Tensor | None
+    y: Tensor | None
     wide: Tensor
     active: Tensor | None
     last_z: Tensor
@@ -193,9 +194,20 @@ def forward(
     small = wide.numel() <= MOST_KEPT
     # The input can be rounded again, too; biases take no part in backward.
     rounded = () if dtype == stream else (f.x if small else None, f.qkv, f.out, f.up, f.down)
-    return out, Kept(
-        qkv, mixed, lse, z, stats, entry, wide, active if small else None, last_z, last_stats, rounded
-    )  # fmt: skip
+    kept = Kept(qkv, mixed, lse, z, stats, entry, wide, active, last_z, last_stats, rounded)
+    return out, kept if small else kept._replace(z=None, stats=None, y=None, active=None)
+
+
+def _attended(hidden: Tensor, p: LayerParameters, call: LayerCall, kept: Kept, w_out: Tensor) -> Kept:
+    """`kept` with the sum and the norm after attention, made as forward made them."""
+    x, bias = hidden.reshape(-1, hidden.shape[-1]), p.out_bias.to(call.dtype)
+    branch = torch.addmm(bias, _rows(kept.mixed, x, call.tokens), w_out.t())
+    lower = None if call.dtype == x.dtype else torch.empty_like(branch)
+    drop = (call.seeds[1], *drop_numbers(call.dropout[1]))
+    y, z, stats = kernels("norm").norm_forward(
+        branch, x, p.norm, p.norm_bias, None, *drop, call.settings.eps, 0.0, False, x.dtype, x.dtype, True, lower
+    )
+    return kept._replace(z=z, stats=stats, y=y if lower is None else lower)
 
 
 def backward(
@@ -217,6 +229,11 @@ def backward(
     if lower:
         x, *weights = kept.lower  # type: ignore[assignment]
     w_qkv, w_out, w_up, w_down = weights
+    if kept.y is None:
+        kept = _attended(hidden, p, call, kept, w_out)
+        y = kept.y
+    assert y is not None
+    assert kept.z is not None
 
     def kinds(weight: Tensor, bias: Tensor | None, wants_weight: Any, wants_bias: Any) -> tuple[Any, ...]:
         return weight.dtype if wants_weight else None, bias.dtype if bias is not None and wants_bias else None

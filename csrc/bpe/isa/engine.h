@@ -27,6 +27,11 @@ Scanner::Function scanner(Pattern pattern) {
     }
 }
 
+void merge(const PairTable& pairs, const MergeJob* jobs, size_t count, MergeDone done, void* context) {
+    Lanes lanes;
+    lanes.run(pairs, jobs, count, [&](uint32_t index, const uint32_t* tokens, size_t n) { done(context, index, tokens, n); });
+}
+
 std::unique_ptr<Encoder> encoder(const Vocab& vocab) { return std::make_unique<Coder>(vocab); }
 
 }  // namespace fastformer::bpe::FASTFORMER_ISA
