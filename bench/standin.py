@@ -70,6 +70,7 @@ def _yes() -> bool:
 def standing_in(name: str = "sm_90", record: bool = True) -> Iterator[StandIn]:
     """Inside, tensors on the CPU count as lying on a GPU of this target."""
     device = StandIn(targets.TARGETS[name], record)
+    targets.interpreting()  # it remembers its first answer, which is not to be that of the environment below
     before = driver._active
     driver.set_active(device)
     try:

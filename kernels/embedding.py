@@ -16,7 +16,7 @@ from fastformer.kernels.norm import FORWARD_TILE_COLUMNS as MAXIMUM_WIDTH
 from fastformer.kernels.random import keep_columns
 from fastformer.kernels.rows import TL_DTYPES, cdiv, power_of_two, shape_of_program, target
 
-__all__ = ["MAXIMUM_WIDTH", "embed_forward"]
+__all__ = ["MAXIMUM_WIDTH", "embed_forward", "number_tokens"]
 
 
 @triton.jit
@@ -112,3 +112,35 @@ def embed_forward(
             **shape_of_program(target(ids), block_m * block_n, each, registers),
         )  # fmt: skip
     return y, z, stats
+
+
+@launcher
+@triton.jit(do_not_specialize=["S", "padding"])
+def _number(IDS, PLACE, S, padding, BLOCK: tl.constexpr):
+    """One sequence a program, walked once."""
+    row = tl.program_id(0).to(tl.int64) * S
+    count = 0
+    for start in range(0, S, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < S
+        real = (inside & (tl.load(IDS + row + column, mask=inside, other=0) != padding)).to(tl.int32)
+        place = (count + tl.cumsum(real, 0)) * real + padding
+        tl.store(PLACE + row + column, place, mask=inside)
+        count += tl.sum(real, 0)
+
+
+def number_tokens(ids: Tensor, padding: int) -> Tensor:
+    """RoBERTa's positions: padding + 1, padding + 2, … at a sequence's tokens that are not `padding`, else `padding`.
+
+    Args:
+        ids: (B, S) contiguous integers.
+
+    Returns:
+        (B, S) int64.
+    """
+    place = torch.empty_like(ids, dtype=torch.int64)
+    if ids.numel():
+        block = min(max(power_of_two(ids.shape[1]), 16), 1024)
+        options = shape_of_program(target(ids), block, 4, 64)
+        _number[(ids.shape[0],)](ids, place, ids.shape[1], padding, block, **options)
+    return place

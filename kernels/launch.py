@@ -78,22 +78,31 @@ class Prepared:
         grid: one to three ints.
         others: the arguments by position behind the tensors.
         options: constants by name and launch options (num_warps, …).
+        views: of the leading tensors, what the kernel is given in the place of each: `view(tensor)` makes its tensor
+            descriptor, `view.known[pointer]` keeps or `view.at(pointer)` makes one for launches that are repeated.
     """
 
-    __slots__ = ("found", "grid", "kernel", "options", "others")
+    __slots__ = ("found", "grid", "kernel", "options", "others", "views")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.kernel, self.grid, self.others, self.options = kernel, grid, others, options
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        others: tuple[Any, ...],
+        options: dict[str, Any],
+        views: tuple[Any, ...] = (),
+    ) -> None:
+        self.kernel, self.grid, self.others, self.options, self.views = kernel, grid, others, options, views
         self.found: dict[Any, Any] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         self._launch(tensors)
 
     def _launch(self, tensors: tuple[Tensor | None, ...]) -> Any:
         kernel = self.kernel
         if type(kernel) is _Launcher:
-            return _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options)
-        kernel[self.grid](*tensors, *self.others, **self.options)
+            return _launch(kernel, self.found, None, self.grid, tensors, self.others, self.options, self.views)
+        kernel[self.grid](*_given(tensors, self.views), *self.others, **self.options)
         return None
 
 
@@ -108,11 +117,18 @@ class Bound(Prepared):
 
     __slots__ = ("launch",)
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], others: tuple[Any, ...], options: dict[str, Any]) -> None:
-        super().__init__(kernel, (*grid, 1, 1)[:3], others, options)
-        self.launch: Callable[..., None] = self
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        others: tuple[Any, ...],
+        options: dict[str, Any],
+        views: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(kernel, (*grid, 1, 1)[:3], others, options, views)
+        self.launch: Callable[..., Any] = self
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.get_device()):
@@ -134,22 +150,23 @@ class Bound(Prepared):
                     and not _is_own(jit)
                 )
 
-            build = _repeating(tuple(t is not None for t in tensors))
-            stream = functools.partial(active.get_current_stream, device)
-            self.launch = build(
-                self, unchanged, functools.partial(run, *self.grid), stream, function, metadata, (*self.others, *tail)
-            )
+            build = _repeating(tuple(t is not None for t in tensors), len(self.views))
+            stream, others = functools.partial(active.get_current_stream, device), (*self.others, *tail)
+            run = functools.partial(run, *self.grid)
+            self.launch = build(self, unchanged, run, stream, function, metadata, others, self.views)
 
 
 @functools.cache
-def _repeating(given: tuple[bool, ...]) -> Callable[..., Callable[..., None]]:
-    """What builds a `Bound`'s launch of tensors that are None where `given` is not: written out for them, since a loop
-    over them costs as much as the launch."""
+def _repeating(given: tuple[bool, ...], viewed: int) -> Callable[..., Callable[..., None]]:
+    """What builds a `Bound`'s launch of tensors that are None where `given` is not, the first `viewed` of them as
+    descriptors: written out for them, since a loop over them costs as much as the launch."""
     names = [f"t{place}" for place in range(len(given))]
     addresses = [f"p{place}" if there else "None" for place, there in enumerate(given)]
+    addresses[:viewed] = [f"known[{place}](p{place}) or make[{place}](p{place})" for place in range(viewed)]
     taken = [f"(p{place} := t{place}.data_ptr())" for place, there in enumerate(given) if there]
     source = f"""
-def build(bound, unchanged, run, stream, function, metadata, others):
+def build(bound, unchanged, run, stream, function, metadata, others, views):
+    known, make = [view.known.get for view in views], [view.at for view in views]
     def launch({", ".join(names)}):
         if ({" | ".join(taken)}) & 15 or not unchanged():
             return bound({", ".join(names)})
@@ -175,6 +192,11 @@ def _is_own(jit: Any) -> bool:
     )
 
 
+def _given(tensors: tuple[Tensor | None, ...], views: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors, the leading ones as their views."""
+    return (*[view(t) for view, t in zip(views, tensors, strict=False)], *tensors[len(views) :])
+
+
 def _launch(
     kernel: _Launcher,
     found: dict[Any, Any],
@@ -183,15 +205,16 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
+    views: tuple[Any, ...] = (),
 ) -> Any:
-    """Launch from `found` or for the first time; `kind` stands in the key for others and options.
+    """Launch from `found` or for the first time; `kind` stands in the key for others, options and views.
 
     Returns:
         what was launched, as `found` holds it; None where Triton launched by itself.
     """
     jit = kernel.kernel
     if _is_own(jit):
-        jit[grid](*tensors, *others, **options)
+        jit[grid](*_given(tensors, views), *others, **options)
         return None
     active = driver.active
     device = active.get_current_device()
@@ -209,11 +232,12 @@ def _launch(
         key += tuple(t is not None and t.untyped_storage().size() <= _TWO_GIB for t in tensors)
     known = found.get(key)
     if known is None:
-        return _first(kernel, found, key, grid, tensors, others, options)
+        return _first(kernel, found, key, grid, _given(tensors, views), others, options)
     run, function, metadata, tail = known
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *others, *tail)
+    made = [view.known.get(pointer) or view.at(pointer) for view, pointer in zip(views, pointers, strict=False)]
+    run(x, y, z, stream, function, metadata, None, None, None, *made, *pointers[len(made) :], *others, *tail)
     return known
 
 
@@ -222,7 +246,7 @@ def _first(
     found: dict[Any, Any],
     key: Any,
     grid: tuple[int, ...],
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     others: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Any:

@@ -59,8 +59,8 @@ TARGETS = {
 # The interpreter runs one program at a time; two multiprocessors exercise the partial-row reductions.
 INTERPRETER = Target("interpreter", "interpreter", 0, 1 << 20, 32, 2)
 
-# (name of the GPU as its driver gives it, major.minor of Triton) on which tests/gpu has passed with
-# FASTFORMER_BACKEND=hopper. Empty: no GPU has run the Hopper kernels yet.
+# (name of the GPU as its driver gives it, major.minor of Triton) on which tests/gpu/test_gpu_hopper.py has passed;
+# `python -m bench.gpu prove` enters them. Empty: no GPU has run the Hopper kernels yet.
 HOPPER_PROVEN: frozenset[tuple[str, str]] = frozenset()
 
 _assumed: Target | None = None
@@ -128,5 +128,10 @@ def hopper_chosen(device: torch.device) -> bool:
         return False
     if choice == "hopper":
         return True
-    version = ".".join(triton.__version__.split(".")[:2])
-    return device.type == "cuda" and (torch.cuda.get_device_name(device), version) in HOPPER_PROVEN
+    return device.type == "cuda" and _gpu_and_triton(device) in HOPPER_PROVEN
+
+
+@functools.cache
+def _gpu_and_triton(device: torch.device) -> tuple[str, str]:
+    """As in HOPPER_PROVEN."""
+    return torch.cuda.get_device_name(device), ".".join(triton.__version__.split(".")[:2])

@@ -171,6 +171,36 @@ def test_rehearsed_timings_are_not_saved(machine, tmp_path):
         report.save(tmp_path)
 
 
+def test_what_is_proven_enters_the_table(machine, tmp_path):
+    from bench.gpu import prove
+    from bench.gpu.results import Results
+
+    table = tmp_path / "targets.py"
+    table.write_text(prove.TABLE.read_text())
+
+    def run(row, **changes):
+        changes = {"device": "NVIDIA H200", "driver": "580.1", "triton": "3.6.0", **changes}
+        results = Results("correctness", tmp_path, dataclasses.replace(machine, **changes), fresh=True)
+        results.add(prove.TESTS, row)
+        results.complete = True
+        results.write()
+        return prove.prove(tmp_path, table)
+
+    passed, skipped = ({"counts": {"passed": n, "failed": 0, "skipped": 1 - n}} for n in (1, 0))
+    for row, changes in ((skipped, {}), ({"fault": "WRONG"}, {}), (passed, {"device": "CPU rehearsal"})):
+        with pytest.raises(ValueError, match=r"no Hopper GPU|failed"):
+            run(row, **changes)
+    with pytest.raises(ValueError, match="no complete correctness stage"):
+        prove.prove(tmp_path / "nowhere", table)
+    assert table.read_text() == prove.TABLE.read_text()
+    assert run(passed) == ("NVIDIA H200", "3.6")
+    run(passed, device="NVIDIA H100 80GB HBM3", triton="3.7.1")
+    run(passed)
+    scope = {}
+    exec(compile(table.read_text().replace("from __future__", "# "), str(table), "exec"), {"__name__": "table"}, scope)
+    assert scope["HOPPER_PROVEN"] == {("NVIDIA H200", "3.6"), ("NVIDIA H100 80GB HBM3", "3.7")}
+
+
 def test_tables_give_ratios(machine, tmp_path):
     from bench.gpu import report
     from bench.gpu.results import Results

@@ -181,6 +181,35 @@ def test_bound_launches_follow_addresses_devices_and_switches(kernel, device):
         bound.launch(*aligned)
 
 
+class View:
+    """In place of a descriptor: something with an address and a dtype that is no tensor."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, x):
+        return SimpleNamespace(data_ptr=x.data_ptr, dtype=x.dtype, made="of a tensor")
+
+    def at(self, pointer):
+        made = self.known[pointer] = SimpleNamespace(data_ptr=lambda: pointer, made="of an address")
+        return made
+
+
+@pytest.mark.parametrize("kind", [launch.Prepared, launch.Bound])
+def test_viewed_tensors_are_given_as_their_views(kind, kernel, device):
+    rest = list(BASE.values())[2:]
+    view = View()
+    prepared = kind(kernel, (2, 3), tuple(rest), {"num_warps": 4}, (view,))
+    first, second = [tensor(), tensor()], [tensor(), tensor()]
+    for tensors, made in ((first, "tensor"), (first, "address"), (second, "address"), (first, "address")):
+        prepared(*tensors)
+        given = device.launches[-1][3]
+        assert given[0].made.split()[-1] == made
+        assert given[0].data_ptr() == tensors[0].data_ptr()
+        assert getattr(given[1], "data_ptr", lambda given=given: given[1])() == tensors[1].data_ptr()
+    assert len(view.known) == 2
+
+
 def test_constants_by_name_count_like_those_by_position(kernel, device):
     *given, n, flag = BASE.values()
     for flag, n, _ in itertools.product((1, 2, 1.5, tl.float16), (16, 32), range(2)):

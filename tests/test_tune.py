@@ -109,7 +109,11 @@ def test_the_tuner_rehearsed(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = tiles.read(path)
     assert {(key[0], key[1], key[2]) for key in rows} == {
-        ("interpreter", name, rules) for name in tiles.PASSES for rules in ("plain", "rich")
+        ("interpreter", name, rules)
+        for name in tiles.PASSES
+        for rules in tiles.RULES
+        # Windows take two kernels even where sequences are short, and decoding has one class of rules.
+        if (name, rules) not in (("short backward", "rich"), ("decode", "masked"), ("decode", "rich"))
     }
     # A table of other kernels is not added to.
     path.write_text(path.read_text().replace(tiles.digest(), "0" * 16))

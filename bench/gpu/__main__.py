@@ -23,7 +23,7 @@ STAGES = (
     "graphs",
     "report",
 )
-COMMANDS = ("save", "wheels", "subjects")
+COMMANDS = ("save", "wheels", "subjects", "prove")
 # A stage starts no further row after this long; with its longest row it then ends inside ten minutes.
 STAGE_SECONDS = 480.0
 
@@ -65,6 +65,15 @@ def main() -> int:
         return subjects()
     if command == "save":
         print(f"saved to {report.save(folder)}")
+        return 0
+    if command == "prove":
+        from bench.gpu.prove import prove
+
+        try:
+            print("kernels/targets.py: proven on {} with Triton {}".format(*prove(folder)))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     if command is None:
         return everything(folder)

@@ -1,9 +1,10 @@
-"""Attention against PyTorch's backends: dense forward and backward, then sequences of uneven length.
+"""Attention against PyTorch's backends: dense forward and backward, sequences of uneven length, decoding.
 
 - Dense: bf16, 16k tokens and 2048 features in every row, as published tables have them (FlashAttention-3, arXiv
   2407.08608): heads = 2048 / head_dim. FLOP: forward 4·B·H·S²·D, half if causal; backward 2.5 times that.
 - "fastformer hopper" is ours with the Hopper kernels forced (FASTFORMER_BACKEND=hopper), and no peer.
 - Uneven: BERT-base heads, lengths as text has them, against padding with a mask; FLOP of the real tokens only.
+- Decoding: one new token over full caches, 32 query heads for 8 key heads; GB/s of the cache, which is read once.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def cases() -> list[tuple[str, Callable[[], Row]]]:
     ]
     for limit in (24,) if rehearsing() else (512, 128, 2048):
         found.append((f"uneven up to {limit}", functools.partial(uneven, limit)))
+    for batch, length in ((2, 40),) if rehearsing() else ((1, 4096), (16, 4096), (64, 1024), (1, 65536)):
+        found.append((f"decode B={batch} S={length}", functools.partial(decoding, batch, length)))
     return found
 
 
@@ -180,6 +183,61 @@ def uneven(limit: int) -> Row:
         row["fwd"][name] = _rate(forward, flop)
         row["bwd"][name] = _rate(backward, 2.5 * flop)
     row["line"] = f"fwd {_line(row['fwd'])} | bwd {_line(row['bwd'])}"
+    return row
+
+
+def decoding(batch: int, length: int) -> Row:
+    """Ours against SDPA's backends with grouped heads, for which the cache is a key as long as it is."""
+    heads, kv_heads, head_dim = (4, 2, 16) if rehearsing() else (32, 8, 128)
+    dtype = torch.float32 if rehearsing() else torch.bfloat16
+    where = device()
+    cache_bytes = 2 * batch * length * kv_heads * head_dim * dtype.itemsize
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=where)
+
+    def draw() -> list[Tensor]:
+        shapes = ((batch, 1, heads, head_dim), *((batch, length, kv_heads, head_dim),) * 2)
+        return [torch.randn(shape, device=where, dtype=dtype) for shape in shapes]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = ff.ops.attention_kv_cache(q, k, v, lengths)
+        assert isinstance(out, Tensor)
+        return out
+
+    def stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True)
+        return out.transpose(1, 2)
+
+    first = draw()
+    exact = stock(SDPBackend.MATH, *(x.double() if rehearsing() else x.float() for x in first))
+    row: Row = {
+        "heads": (heads, kv_heads),
+        "head_dim": head_dim,
+        "dtype": str(dtype),
+        "errors": {"out": check_close("out", ours(*first), stock(SDPBackend.MATH, *first), exact)},
+        "decode": {},
+    }
+    sets = [first, *(draw() for _ in range(1 if rehearsing() else min(15, ROTATED_BYTES // cache_bytes)))]
+    peers = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    for name, attend in {"ours": ours, **{k: functools.partial(stock, b) for k, b in peers.items()}}.items():
+        try:
+            timing = median_time([functools.partial(attend, *tensors) for tensors in sets])
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            row["decode"][name] = {"unavailable": str(error).splitlines()[0]}
+            continue
+        row["decode"][name] = {
+            "us": timing.seconds * 1e6,
+            "gbs": cache_bytes / timing.seconds / 1e9,
+            "spread": timing.spread,
+            "method": timing.method,
+        }
+    row["line"] = ", ".join(f"{k} {r['us']:.3g} us {r['gbs']:.3g} GB/s" for k, r in row["decode"].items() if "us" in r)
     return row
 
 

@@ -109,6 +109,8 @@ def read(call: Mapping[str, Any], token_budget: int, max_seqlen: int, writes: bo
     if call.get("output_attentions"):
         raise CannotCapture("output_attentions")
     packed = call.get("cu_seq_lens_q") is not None
+    if packed and writes:
+        raise CannotCapture("a packed batch of an encoder-decoder")
     if packed:
         batch, seqlen, tokens, facts = _packed_sizes(call, ids)
         longest = seqlen

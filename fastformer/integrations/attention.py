@@ -47,9 +47,9 @@ _WITHOUT_EFFECT = frozenset(
 def register() -> None:
     """Make `attn_implementation="fastformer"` known to transformers, attention and mask function alike.
 
-    Attention is all it changes: padding goes from the whole model only by `fastformer.patch`. A packed row needs
-    cu_seq_lens_q and its kin where a model keeps its position_ids from its attention (DistilBERT, ModernBERT, T5, BART,
-    ViT): by positions alone, nothing there tells it from one long sequence. A patched model reads them itself.
+    Attention is all it changes: padding goes from the whole model only by `fastformer.patch`. A row packed by
+    position_ids that start again is recognised in every model that takes some; inside torch.compile DistilBERT and
+    ModernBERT, which keep them from their attention, need cu_seq_lens_q and its kin instead.
 
     Raises:
         ImportError: transformers is missing, or older than its attention interface.

@@ -74,7 +74,7 @@ class PackedCollator:
             raise ValueError(
                 f"the batch has {tokens} tokens, more than max_tokens={self.max_tokens}; draw with TokenBudget"
             )
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        bounds = _bounds([row["input_ids"] for row in rows])
         batch: dict[str, Any] = {
             "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None] + self.first_position,
@@ -89,6 +89,113 @@ class PackedCollator:
             return batch
         # First, because Trainer takes the batch size from the first tensor it meets.
         return {"labels": _labels([row["labels"] for row in rows], lengths), **batch}
+
+
+class PackedSeq2SeqCollator:
+    """Collates examples for a patched encoder-decoder (T5, BART, mBART): both sides packed, lengths on the host.
+
+    The model waits for nothing. Decoder inputs are each sequence's own labels, shifted as the model's own code shifts
+    them; outputs and labels are one sequence a row, labels padded with -100. Evaluation by `generate` wants ordinary
+    batches. A batch to fill by size is drawn by `TokenBudget` over the tokens of both sides:
+
+        ff.patch(model)
+        collate = PackedSeq2SeqCollator.for_model(model, max_tokens=8192)
+        lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
+        loader = DataLoader(rows, batch_sampler=TokenBudget(lengths, 8192), collate_fn=collate)
+        for batch in loader:
+            model(**batch).loss.backward()
+
+    With Trainer, whose batches are of a number of examples, `Trainer(..., data_collator=collate)` is all.
+
+    Args:
+        decoder_start_token_id: what a sequence's decoder inputs begin with; None: its last label, the language of
+            mBART's. `for_model` reads it off a model.
+        pad_token_id: stands among decoder inputs for labels of -100.
+        max_tokens: the most tokens of both sides that a batch may hold, or None.
+    """
+
+    def __init__(self, decoder_start_token_id: int | None, pad_token_id: int, max_tokens: int | None = None) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be positive or None, got {max_tokens}")
+        self.decoder_start_token_id, self.pad_token_id = decoder_start_token_id, pad_token_id
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module, max_tokens: int | None = None) -> PackedSeq2SeqCollator:
+        """The collator for a patched Hugging Face encoder-decoder.
+
+        Raises:
+            ValueError: no part of the model removes padding, it has no decoder, or its configuration lacks a token.
+        """
+        config: Any = getattr(model, "config", None)
+        unpads = any(hasattr(module, "fastformer_unpad") for module in model.modules())
+        if not unpads or not getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"model must be a patched encoder-decoder, got {type(model).__name__}")
+        by_language = config.model_type == "mbart"
+        for name in ("pad_token_id",) if by_language else ("pad_token_id", "decoder_start_token_id"):
+            if getattr(config, name, None) is None:
+                raise ValueError(f"model's configuration must have {name}, got None")
+        return cls(None if by_language else config.decoder_start_token_id, config.pad_token_id, max_tokens)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The arguments of model(...) for a list of examples.
+
+        Args:
+            examples: each with input_ids [source] and labels [target], lists or tensors; an attention_mask drops the
+                source tokens it hides. Labels of -100 at the end are padding.
+
+        Returns:
+            labels [batch, longest]; input_ids [1, source tokens]; decoder_input_ids [1, target tokens]; lengths of the
+            decoder's sequences, cu_seq_lens_q int32 [batch + 1] and max_length_q, and of the encoder's, with _k.
+
+        Raises:
+            ValueError: no examples, one without tokens on a side, other fields than these, or more than max_tokens.
+        """
+        if not examples:
+            raise ValueError("examples must hold at least one example, got none")
+        for example in examples:
+            if not {"input_ids", "labels"} <= set(example) <= {"input_ids", "labels", "attention_mask"}:
+                raise ValueError(f"examples must have input_ids, labels, maybe attention_mask; got {sorted(example)}")
+        sources = [_row({k: v for k, v in example.items() if k != "labels"})["input_ids"] for example in examples]
+        labels = [_without_padding(torch.as_tensor(example["labels"])) for example in examples]
+        for number, (source, target) in enumerate(zip(sources, labels, strict=True)):
+            if not len(source) or not len(target):
+                raise ValueError(f"examples must have input_ids and labels, got none of one in number {number}")
+        tokens = sum(map(len, sources)) + sum(map(len, labels))
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(
+                f"the batch has {tokens} tokens, more than max_tokens={self.max_tokens}; draw with TokenBudget"
+            )
+        # First, because Trainer takes the batch size from the first tensor it meets.
+        return {
+            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+            "input_ids": torch.cat(sources)[None],
+            "decoder_input_ids": torch.cat([self._shifted(target) for target in labels])[None],
+            "cu_seq_lens_q": _bounds(labels),
+            "cu_seq_lens_k": _bounds(sources),
+            "max_length_q": max(map(len, labels)),
+            "max_length_k": max(map(len, sources)),
+        }
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        ids = labels.masked_fill(labels == _IGNORED, self.pad_token_id)
+        if self.decoder_start_token_id is None:
+            # As mBART counts: ids that do not pad, from the front.
+            first = ids[(ids != self.pad_token_id).sum() - 1]
+        else:
+            first = ids.new_tensor(self.decoder_start_token_id)
+        return torch.cat((first[None], ids[:-1]))
+
+
+def _bounds(rows: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([0, *map(len, rows)]).cumsum(0).to(torch.int32)
+
+
+def _without_padding(labels: Tensor) -> Tensor:
+    """Labels [length] up to the last that is not -100."""
+    if labels.ndim != 1:
+        raise ValueError(f"labels must be one row of token ids an example, got shape {tuple(labels.shape)}")
+    return labels[: int((labels != _IGNORED).nonzero().max()) + 1] if bool((labels != _IGNORED).any()) else labels[:0]
 
 
 def _row(example: Mapping[str, Any]) -> dict[str, Tensor]:

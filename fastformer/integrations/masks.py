@@ -4,18 +4,29 @@ transformers describes which keys a query may see as a function of indices, put 
 are known (causal, bidirectional, sliding window, packed sequences) the description itself is handed to the attention
 function, in a `PlanMask`; no [queries, keys] tensor is written. Any other part (blocks of an image, chunks, a user's
 own) is written out in four dimensions by transformers' own function, which is slower and as right.
+
+DistilBERT and ModernBERT hand their position_ids neither to their attention nor to their masks, so a row packed by
+positions alone would look like one long sequence. They are read off the model's running forward instead.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastformer.integrations.plan import Plan, PlanMask, packing_from_lengths
+from fastformer.integrations.plan import (
+    Plan,
+    PlanMask,
+    packing_from_lengths,
+    packing_from_mask,
+    packing_from_positions,
+)
+from fastformer.ops.packing import Packing
 
 
 @dataclass
@@ -101,7 +112,28 @@ def _plan(call: dict[str, Any], pattern: _Pattern) -> Plan:
     mask, offset = call.get("attention_mask"), call.get("kv_offset", 0)
     if mask is not None:
         mask = mask[:, offset : offset + call["kv_length"]] != 0
+    if packing is None and not pattern.causal and call["batch_size"] == 1:
+        packing = _packing_by_positions(call, mask)
+        mask = mask if packing is None else None
     return Plan(packing, mask, causal=pattern.causal, window=window)
+
+
+def _packing_by_positions(call: dict[str, Any], mask: Tensor | None) -> Packing | None:
+    """How a row of an encoder is packed, if the position_ids of the model that asks for this mask start again."""
+    config = call.get("config")
+    # Of a decoder this may be cross-attention, whose keys are others.
+    if config is None or getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return None
+    if torch.compiler.is_compiling() or call["kv_length"] != _query_length(call):
+        return None
+    frame: Any = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        frame = frame.f_back
+    positions = None if frame is None else frame.f_locals.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.shape[-1] != call["kv_length"]:
+        return None
+    packing = packing_from_positions(positions)
+    return packing if mask is None or packing_from_mask(mask) is None else None
 
 
 def _query_length(call: dict[str, Any]) -> int:

@@ -6,13 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastformer.integrations.attention import register
-from fastformer.integrations.collating import PackedCollator, TokenBudget
+from fastformer.integrations.collating import PackedCollator, PackedSeq2SeqCollator, TokenBudget
 
 if TYPE_CHECKING:
     from fastformer.compress.callback import AdaptiveCompressionCallback
     from fastformer.integrations.tokenizing import FastTokenizer
 
-__all__ = ["AdaptiveCompressionCallback", "FastTokenizer", "PackedCollator", "TokenBudget", "register"]
+__all__ = [
+    "AdaptiveCompressionCallback",
+    "FastTokenizer",
+    "PackedCollator",
+    "PackedSeq2SeqCollator",
+    "TokenBudget",
+    "register",
+]
 
 
 # What derives from transformers' classes stands in modules that import transformers.

@@ -1,4 +1,5 @@
-"""What the kernels that remove padding compute, for the steps that are counted: shapes and tables' rows hang on it."""
+"""What the kernels that remove padding and number tokens compute, for the steps that are counted: shapes and rows of
+tables hang on it."""
 
 from __future__ import annotations
 
@@ -31,4 +32,9 @@ def move(source: Tensor, known: Tensor, out: Tensor, *_: Any) -> None:
     flat[there] = source[known[there]]
 
 
-COMPUTED: dict[str, Any] = {"_facts": facts, "_places": places, "_move": move}
+def number(ids: Tensor, place: Tensor, _: int, padding: int, *__: Any) -> None:
+    real = ids != padding
+    place.copy_(real.cumsum(1) * real + padding)
+
+
+COMPUTED: dict[str, Any] = {"_facts": facts, "_places": places, "_move": move, "_number": number}

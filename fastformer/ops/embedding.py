@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
 from fastformer.ops.norm_operator import norm_reference
-from fastformer.ops.operator import Kernel, Operator, differentiate, kernels
+from fastformer.ops.operator import Kernel, Operator, differentiate, is_plain, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
 from fastformer.ops.validate import FLOATS, check_probability, check_tensor
 
@@ -32,6 +32,7 @@ def embedding_layer_norm(
     position_ids: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     out_dtype: torch.dtype | None = None,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
@@ -43,7 +44,8 @@ def embedding_layer_norm(
         weight, bias: (N,) or None.
         position_ids: shape of input_ids; None: 0 … S - 1.
         token_type_ids: shape of input_ids; None: 0.
-        padding_idx: row of word without a gradient, or None.
+        padding_idx, position_padding_idx: row of word, and of position, without a gradient, or None; negative: from
+            the end.
         out_dtype, dropout_p, training, dropout_seed: as in `fastformer.ops.add_layer_norm`.
 
     Returns:
@@ -71,11 +73,13 @@ def embedding_layer_norm(
         raise ValueError(f"position must have a row for each of {shape[-1]} positions, got {position.shape[0]}")
     if dropout_seed is not None:
         check_tensor("dropout_seed", dropout_seed, dtypes=(torch.int64,), shape=(1,), device=device)
+    padding = _row("padding_idx", padding_idx, word)
+    position_padding = _row("position_padding_idx", position_padding_idx, position)
     p = dropout_p if training else 0.0
     tables = (word, position, token_type)
     if backend_for(device) == "torch" or word.dtype == torch.float64 or not _fits(word.shape[1]):
         arguments = (input_ids, position_ids, token_type_ids, *tables, weight, bias, dropout_seed)
-        out = _reference(arguments, p, eps, padding_idx)
+        out = _reference(arguments, p, eps, padding, position_padding)
         return out if out_dtype is None else out.to(out_dtype)
     if out_dtype is None:
         out_dtype = torch.float32 if autocasts(device) else word.dtype
@@ -85,8 +89,30 @@ def embedding_layer_norm(
         dropout_seed = draw_seed(device)
     packed = (None if t is None else t.contiguous() for t in (input_ids, position_ids, token_type_ids))
     dense = (None if t is None else t.contiguous() for t in (*tables, weight, bias))
-    padding = -1 if padding_idx is None else padding_idx % word.shape[0]
-    return _embed_op(*packed, *dense, dropout_seed, p, eps, padding, out_dtype, torch.is_grad_enabled())
+    numbers = (p, eps, padding, position_padding, out_dtype, torch.is_grad_enabled())
+    return _embed_op(*packed, *dense, dropout_seed, *numbers)
+
+
+def number_tokens(input_ids: Tensor, padding_idx: int) -> Tensor:
+    """RoBERTa's positions (B, S) int64: padding_idx + 1, padding_idx + 2, … at tokens that are not padding_idx, and
+    padding_idx at those that are.
+
+    Args:
+        input_ids: (B, S) int64 or int32.
+    """
+    if backend_for(input_ids.device) != "torch" and is_plain((input_ids,)):
+        return kernels("embedding").number_tokens(input_ids.contiguous(), padding_idx)
+    real = (input_ids != padding_idx).long()
+    return real.cumsum(dim=1) * real + padding_idx
+
+
+def _row(name: str, index: int | None, table: Tensor | None) -> int:
+    """A row of a table from its start; -1 for none."""
+    if index is None or table is None:
+        return -1
+    if not -table.shape[0] <= index < table.shape[0]:
+        raise ValueError(f"{name} must be a row of a table of {table.shape[0]}, got {index}")
+    return index % table.shape[0]
 
 
 def embedding_reference(
@@ -96,21 +122,29 @@ def embedding_reference(
     word: Tensor,
     position: Tensor | None,
     token_type: Tensor | None,
-    padding_idx: int | None = None,
+    padding: int = -1,
+    position_padding: int = -1,
 ) -> Tensor:
-    """The sum of rows by PyTorch: types before places, the order BERT adds them in."""
-    total = F.embedding(ids, word, padding_idx)
+    """The sum of rows by PyTorch: types before places, the order BERT adds them in. padding: -1 for none."""
+    total = F.embedding(ids, word, _or_none(padding))
     if token_type is not None:
         total = total + (token_type[0] if types is None else F.embedding(types, token_type))
-    if position is not None:
-        total = total + (position[: ids.shape[-1]] if place is None else F.embedding(place, position))
+    if position is not None and place is None and position_padding < 0:
+        total = total + position[: ids.shape[-1]]
+    elif position is not None:
+        place = torch.arange(ids.shape[-1], device=ids.device) if place is None else place
+        total = total + F.embedding(place, position, _or_none(position_padding))
     return total
 
 
-def _reference(arguments: tuple[Any, ...], p: float, eps: float, padding_idx: int | None) -> Tensor:
+def _or_none(padding: int) -> int | None:
+    return padding if padding >= 0 else None
+
+
+def _reference(arguments: tuple[Any, ...], p: float, eps: float, padding: int, position_padding: int) -> Tensor:
     """The operator by PyTorch; arguments: ids, place, types, word, position, token_type, weight, bias, seed."""
     ids, place, types, word, position, token_type, weight, bias, seed = arguments
-    total = embedding_reference(ids, place, types, word, position, token_type, padding_idx)
+    total = embedding_reference(ids, place, types, word, position, token_type, padding, position_padding)
     return dropout(norm_reference(total, weight, bias, eps, False), p, seed)
 
 
@@ -134,6 +168,7 @@ def _forward(
     p: float,
     eps: float,
     padding: int,
+    position_padding: int,
     out_dtype: torch.dtype,
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +179,8 @@ def _forward(
 
 
 def _forward_fake(
-    ids, place, types, word, position, token_type, weight, bias, seed, p, eps, padding, out_dtype, keep_sum
+    ids, place, types, word, position, token_type, weight, bias, seed, p, eps, padding, position_padding, out_dtype,
+    keep_sum,
 ):  # fmt: skip
     shape = (*ids.shape, word.shape[1])
     return (
@@ -161,7 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(total, stats, ids, place, types, word, position, token_type, weight, bias, seed)
 
 
-_NOTHING = (None,) * 6
+_NOTHING = (None,) * 7
 _scatter = torch.ops.aten.embedding_dense_backward
 
 
@@ -169,7 +205,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dy is None:
         return None, None, None, None, None, None, None, None, *_NOTHING
     total, stats, ids, place, types, word, position, token_type, weight, bias, seed = ctx.saved_tensors
-    (p, _eps, padding, _dtype), needs = ctx.numbers, ctx.needs_input_grad
+    (p, _eps, padding, position_padding, _dtype), needs = ctx.numbers, ctx.needs_input_grad
     weight_dtype = weight.dtype if needs[6] else None
     bias_dtype = bias.dtype if needs[7] else None
     dz, *sums = _embed_backward(dy, total, stats, weight, seed, p, weight_dtype, bias_dtype)
@@ -183,8 +219,10 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
             length = ids.shape[-1]
             dposition = torch.zeros_like(position)
             torch.sum(dz.reshape(-1, length, dz.shape[-1]), 0, out=dposition[:length])
+            if position_padding >= 0:
+                dposition[position_padding].zero_()
         else:
-            dposition = _scatter(dz, place, position.shape[0], -1, False)
+            dposition = _scatter(dz, place, position.shape[0], position_padding, False)
     if needs[5]:
         if types is None:
             dtype = torch.zeros_like(token_type)
@@ -196,11 +234,11 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 def _second(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     _total, _stats, ids, place, types, *parameters, seed = ctx.saved_tensors
-    p, eps, padding, out_dtype = ctx.numbers
+    p, eps, padding, position_padding, out_dtype = ctx.numbers
 
     def reference(*tables: Any) -> Tensor:
         arguments = (ids, place, types, *tables, seed)
-        return _reference(arguments, p, eps, padding if padding >= 0 else None).to(out_dtype)
+        return _reference(arguments, p, eps, padding, position_padding).to(out_dtype)
 
     return None, None, None, *differentiate("embedding_layer_norm", reference, parameters, (dy,)), *_NOTHING
 

@@ -106,7 +106,8 @@ def separate(hidden: Tensor, parameters: LayerParameters, call: LayerCall) -> Te
     y: Any = add_layer_norm(
         branch, hidden, p.norm, p.norm_bias, settings.eps, dropout[1], training=True, dropout_seed=seeds[1]
     )
-    branch = F.linear(bias_gelu(F.linear(y, p.up), p.up_bias), p.down, p.down_bias)
+    kind = "tanh" if settings.activation == "gelu_tanh" else "none"
+    branch = F.linear(bias_gelu(F.linear(y, p.up), p.up_bias, approximate=kind), p.down, p.down_bias)
     out: Any = add_layer_norm(
         branch, y, p.last_norm, p.last_norm_bias, settings.last_eps, dropout[2], training=True, dropout_seed=seeds[2]
     )

@@ -22,8 +22,9 @@ from fastformer.ops.random import drop_numbers
 
 # Products that fill the device so often are formed one by one: PyTorch's then use it as well, and faster.
 MOST_WAVES = 8.0
-# Elements of the feed-forward part's activations that are kept for backward. More are made again from what went in:
-# their memory counts (a quarter of a layer's), and one more launch no longer does.
+# Elements of the feed-forward part's activations up to which all is kept for backward. Beyond, memory counts and a few
+# launches no longer do: activations are made again from what went in (four widths of a token's 16), and so are the sum
+# and the norm after attention (two), by attention's output product, a twelfth of forward's.
 MOST_KEPT = 1 << 23
 
 
@@ -59,6 +60,7 @@ class LayerSettings:
         heads: attention heads.
         attention_dropout, dropout, last_dropout: probabilities, of attention's weights and of the two branches.
         eps, last_eps: of the norms.
+        activation: "gelu" or "gelu_tanh".
     """
 
     heads: int
@@ -67,6 +69,7 @@ class LayerSettings:
     last_dropout: float
     eps: float
     last_eps: float
+    activation: str = "gelu"
 
 
 class LayerTokens(NamedTuple):
@@ -115,9 +118,9 @@ class Kept(NamedTuple):
     qkv: Tensor
     mixed: Tensor
     lse: Tensor
-    z: Tensor
-    stats: Tensor
-    y: Tensor
+    z: Tensor | None
+    stats: Tensor | None
+    y: Tensor | None
     wide: Tensor
     active: Tensor | None
     last_z: Tensor
@@ -157,8 +160,8 @@ def _rows(mixed: Tensor, x: Tensor, tokens: LayerTokens) -> Tensor:
     return (mixed if tokens.cu_seqlens is not None else mixed.transpose(1, 2)).reshape(x.shape)
 
 
-def _activated(wide: Tensor, p: LayerParameters) -> Tensor:
-    return kernels("activation").activation_forward(wide, None, p.up_bias, None, None, 0, 1.0, "gelu", wide.dtype)
+def _activated(wide: Tensor, bias: Tensor, kind: str) -> Tensor:
+    return kernels("activation").activation_forward(wide, None, bias, None, None, 0, 1.0, kind, wide.dtype)
 
 
 @on_its_device
@@ -181,7 +184,7 @@ def forward(
     y, z, stats = norm(branch, x, p.norm, p.norm_bias, None, *drop, settings.eps, *numbers, lower)
     entry = y if lower is None else lower
     wide = torch.mm(entry, f.up.t())
-    active = _activated(wide, p)
+    active = _activated(wide, p.up_bias, settings.activation)
     branch = torch.addmm(f.down_bias, active, f.down.t())
     drop = (call.seeds[2], *drop_numbers(call.dropout[2]))
     out, last_z, last_stats = norm(branch, y, p.last_norm, p.last_norm_bias, None, *drop, settings.last_eps, *numbers)
@@ -191,9 +194,20 @@ def forward(
     small = wide.numel() <= MOST_KEPT
     # The input can be rounded again, too; biases take no part in backward.
     rounded = () if dtype == stream else (f.x if small else None, f.qkv, f.out, f.up, f.down)
-    return out, Kept(
-        qkv, mixed, lse, z, stats, entry, wide, active if small else None, last_z, last_stats, rounded
-    )  # fmt: skip
+    kept = Kept(qkv, mixed, lse, z, stats, entry, wide, active, last_z, last_stats, rounded)
+    return out, kept if small else kept._replace(z=None, stats=None, y=None, active=None)
+
+
+def _attended(hidden: Tensor, p: LayerParameters, call: LayerCall, kept: Kept, w_out: Tensor) -> Kept:
+    """`kept` with the sum and the norm after attention, made as forward made them."""
+    x, bias = hidden.reshape(-1, hidden.shape[-1]), p.out_bias.to(call.dtype)
+    branch = torch.addmm(bias, _rows(kept.mixed, x, call.tokens), w_out.t())
+    lower = None if call.dtype == x.dtype else torch.empty_like(branch)
+    drop = (call.seeds[1], *drop_numbers(call.dropout[1]))
+    y, z, stats = kernels("norm").norm_forward(
+        branch, x, p.norm, p.norm_bias, None, *drop, call.settings.eps, 0.0, False, x.dtype, x.dtype, True, lower
+    )
+    return kept._replace(z=z, stats=stats, y=y if lower is None else lower)
 
 
 def backward(
@@ -206,7 +220,7 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the input and of the parameters, None where none is needed."""
-    p, tokens = parameters, call.tokens
+    p, settings, tokens = parameters, call.settings, call.tokens
     needs: Any = LayerParameters(*needed)  # type: ignore[arg-type]
     x = hidden.reshape(-1, hidden.shape[-1])
     stream, dtype, norm = x.dtype, call.dtype, kernels("norm_backward").norm_backward_rows
@@ -215,6 +229,11 @@ def backward(
     if lower:
         x, *weights = kept.lower  # type: ignore[assignment]
     w_qkv, w_out, w_up, w_down = weights
+    if kept.y is None:
+        kept = _attended(hidden, p, call, kept, w_out)
+        y = kept.y
+    assert y is not None
+    assert kept.z is not None
 
     def kinds(weight: Tensor, bias: Tensor | None, wants_weight: Any, wants_bias: Any) -> tuple[Any, ...]:
         return weight.dtype if wants_weight else None, bias.dtype if bias is not None and wants_bias else None
@@ -229,7 +248,7 @@ def backward(
     )  # fmt: skip
     d_active = torch.mm(d_down, w_down)
     (d_up,) = kernels("activation").activation_backward(
-        d_active, wide, None, p.up_bias, None, 0, 1.0, "gelu", dtype, None, None
+        d_active, wide, None, p.up_bias, None, 0, 1.0, settings.activation, dtype, None, None
     )
     more = torch.mm(d_up, w_up) if lower else None
     if more is None:
@@ -242,9 +261,9 @@ def backward(
     d_qkv = torch.empty_like(kept.qkv)
     if needs_hidden or any(needs[:6]):
         shape = (*hidden.shape[:2], -1)
-        d_mixed = torch.mm(d_out, w_out).view(*shape[:2], call.settings.heads, -1)
+        d_mixed = torch.mm(d_out, w_out).view(*shape[:2], settings.heads, -1)
         d_mixed = d_mixed.squeeze(0) if tokens.cu_seqlens is not None else d_mixed.transpose(1, 2)
-        into = _split(d_qkv.view(shape), call.settings.heads, tokens)
+        into = _split(d_qkv.view(shape), settings.heads, tokens)
         kernels("attention.backward").attention_backward(
             _attention_call(kept.qkv.view(shape), call), kept.mixed, kept.lse, d_mixed, None, into
         )
@@ -253,7 +272,7 @@ def backward(
         elif needs_hidden:
             d_x.addmm_(d_qkv, w_qkv)
     if active is None and needs.down:
-        active = _activated(wide, p)
+        active = _activated(wide, p.up_bias, settings.activation)
     if x is None and any(needs[:3]):
         x = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     linears = (

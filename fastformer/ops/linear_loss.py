@@ -60,6 +60,8 @@ def linear_cross_entropy(
     device = input.device
     check_tensor("weight", weight, dtypes=DTYPES, shape=(None, input.shape[-1]), device=device)
     classes = (weight.shape[0],)
+    if classes == (0,):
+        raise ValueError(f"weight must have at least one row, a class, got shape {tuple(weight.shape)}")
     if bias is not None:
         check_tensor("bias", bias, dtypes=DTYPES, shape=classes, device=device)
     if class_weight is not None:
@@ -75,9 +77,9 @@ def linear_cross_entropy(
     if reduction == "none":
         losses = [
             checkpoint(_block_losses, part, weight, bias, labels, class_weight, options, use_reentrant=False)
-            for part, labels in _blocks(rows, goal, weight)
+            for part, labels in _blocks(rows, goal, weight) or [(rows, goal)]
         ]
-        return (torch.cat(losses) if losses else rows.new_zeros(0)).reshape(target.shape).to(out_dtype)
+        return torch.cat(losses).reshape(target.shape).to(out_dtype)
     class_weight = None if class_weight is None else class_weight.contiguous()
     needed = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias))
     loss, *_ = _linear_op(rows, weight, bias, goal, class_weight, reduction == "mean", *options, *needed)

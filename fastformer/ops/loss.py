@@ -6,13 +6,15 @@ The loss of a row is given in `fastformer.kernels.loss`; with the options PyTorc
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from fastformer.ops.backend import autocasts, backend_for
 from fastformer.ops.loss_rows import LossOptions, Reduction, bind_reduced, compose, reduced_op, rows_op
 from fastformer.ops.operator import Kind, Kinds, is_plain
-from fastformer.ops.validate import FLOATS, check_tensor
+from fastformer.ops.validate import FLOATS, check_number, check_tensor
 
 DTYPES = (*FLOATS, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -52,12 +54,14 @@ def cross_entropy(
     if known is not None:
         return known(logits, target, weight)
     options = checked(weight, ignore_index, reduction, label_smoothing, z_loss, softcap, "logits", logits, target)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
     if weight is not None:
         check_tensor("weight", weight, dtypes=DTYPES, shape=logits.shape[-1:], device=logits.device)
     autocast = autocasts(logits.device)
     out_dtype = torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
     rows, goal = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    if backend_for(logits.device) == "torch" or logits.dtype == torch.float64 or logits.shape[-1] == 0:
+    if backend_for(logits.device) == "torch" or logits.dtype == torch.float64:
         return compose(rows, goal, weight, reduction, options, target.shape)
     given, goal = (logits, target, weight), goal.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -90,10 +94,12 @@ def checked(
     check_tensor("target", target, dtypes=(torch.int64,), shape=value.shape[:-1], device=value.device)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if z_loss < 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if not isinstance(ignore_index, numbers.Integral | torch.SymInt):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_number("z_loss", z_loss, 0.0)
+    if softcap is not None:
+        check_number("softcap", softcap)
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if weight is not None and weight.requires_grad:

@@ -20,7 +20,7 @@ from fastformer.ops.backend import autocasts, backend_for
 from fastformer.ops.norm_operator import add_norm_op, affine_reference, norm_op, numbers_of
 from fastformer.ops.operator import Kind, Kinds, is_plain, kernels
 from fastformer.ops.random import draw_seed, drop_numbers, dropout
-from fastformer.ops.validate import FLOATS, check_probability, check_tensor, matches
+from fastformer.ops.validate import FLOATS, check_number, check_probability, check_tensor, matches
 
 _DTYPES = (*FLOATS, torch.float64)
 _kinds = Kinds()
@@ -192,6 +192,9 @@ def _norm_anew(
     """Check, choose and run; what was chosen is kept under `key` where later calls can take the same way."""
     input, residual, weight, bias, row_scale, seed = given
     _check(input, residual, weight, bias, row_scale, seed)
+    if eps is not None:
+        check_number("eps", eps)
+    check_number("offset", offset)
     if sum_dtype is None:
         sum_dtype = input.dtype
         if residual is not None and residual.dtype != sum_dtype:
@@ -221,7 +224,7 @@ def _norm_anew(
         run = kernels("norm").bind_forward(*tensors, *drop_numbers(p), *numbers[1:], keep_sum)
         if run is not None:
             # A second derivative takes its way through the sum, which is a result for its sake.
-            kind = Kind(norm_op, run, tensors, numbers_of(*tensors, *numbers), 2 if keep_sum else 1)
+            kind = Kind(norm_op, run, tensors, numbers_of((*tensors, *numbers)), 2 if keep_sum else 1)
             found = _kinds.keep(key, kind)(*tensors)
             return found if keep_sum else (found, input)
     if keep_sum:

@@ -21,11 +21,11 @@ def pool_packed(input: Tensor, cu_seqlens: Tensor, mode: str = "mean", mask: Ten
     Args:
         input: (T, N); tokens from cu_seqlens[-1] on belong to no sequence.
         cu_seqlens: (B + 1,) int32 or int64, sequence b holds tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
-        mode: "mean", or "cls" for the first token (its sequences must not be empty).
+        mode: "mean", or "cls" for the first token.
         mask: (T,) bool, tokens that count for the mean; None: all. Not for "cls".
 
     Returns:
-        (B, N) in input's dtype, summed in float32; 0 for a sequence of which no token counts.
+        (B, N) in input's dtype, summed in float32; 0 for an empty sequence and for one of which no token counts.
 
     Raises:
         TypeError, ValueError: an argument of another type, dtype, shape, device or value.
@@ -41,7 +41,10 @@ def pool_packed(input: Tensor, cu_seqlens: Tensor, mode: str = "mean", mask: Ten
     if mode == "cls":
         if mask is not None:
             raise ValueError('mask must be None for mode "cls"')
-        return input.index_select(0, cu_seqlens[:-1])
+        # The first token of an empty sequence would be the next one's, or lie behind the last.
+        padded = input if len(input) else F.pad(input, (0, 0, 0, 1))
+        first = padded.index_select(0, cu_seqlens[:-1].clamp(max=len(padded) - 1))
+        return first.where((cu_seqlens[1:] > cu_seqlens[:-1])[:, None], 0.0)
     if backend_for(input.device) == "torch" or input.dtype == torch.float64:
         return mean_reference(input, cu_seqlens, mask)
     return _mean_op(input, cu_seqlens.contiguous(), None if mask is None else mask.contiguous())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS: Any = (numbers.Real, torch.SymInt, torch.SymFloat)
 _WIDTHS = frozenset((*FLOATS, torch.float64))
 
 
@@ -51,7 +55,23 @@ def matches(value: object, shape: torch.Size, device: torch.device) -> bool:
     return isinstance(value, Tensor) and value.dtype in _WIDTHS and value.shape == shape and value.device == device
 
 
+def check_number(name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
+    """Raise unless `value` is a real number with least <= value <= most.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside these limits, or NaN.
+    """
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if least is not None and most is not None and not least <= value <= most:
+        raise ValueError(f"{name} must be between {least:g} and {most:g}, got {value}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
 def check_probability(name: str, p: float) -> None:
-    """Raise ValueError unless 0 <= p <= 1."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {p}")
+    """Raise unless 0 <= p <= 1, as `check_number` does."""
+    # What every call goes through; asking for numbers.Real costs ten times as much.
+    if not (isinstance(p, float | int) and 0.0 <= p <= 1.0):
+        check_number(name, p, 0.0, 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastformer.kernels.attention.backward_key import backward_key
 from fastformer.kernels.attention.backward_query import backward_query
-from fastformer.kernels.attention.call import Call, as_bytes
+from fastformer.kernels.attention.call import Call, as_bytes, hopper_launchers
 from fastformer.kernels.attention.config import backward_config, bind, short_config, takes_short_backward
 from fastformer.kernels.attention.short import short_backward
 from fastformer.kernels.attention.wide import wide_key, wide_query
@@ -42,21 +42,7 @@ def attention_backward(
     Returns:
         dQ, dK, dV, and delta (like lse): rowsum(dO * O) - dLSE.
     """
-    if not hopper_chosen(call.query.device):
-        return bind_backward(call, out, grad_out, grad_lse, into)(*call.tensors, out, lse, grad_out, grad_lse, into)
-    from fastformer.kernels.attention.hopper import hopper_backward_key, hopper_backward_query
-
-    dq, dk, dv = into or [call.empty_like(x) for x in (call.query, call.key, call.value)]
-    delta = torch.empty_like(lse)
-    places = (call.mask, call.slopes, call.seed, call.cu_q, call.cu_k)
-    layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
-    if not hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq) and lse.numel():
-        by_query = call.once(("dQ", *layouts), lambda: _by_query(call, *layouts))
-        by_query(call.query, call.key, call.value, out, grad_out, lse, grad_lse, delta, dq, *places)
-    if not hopper_backward_key(call, lse, delta, grad_out, dk, dv) and call.key.numel():
-        by_key = call.once(("dK and dV", *layouts), lambda: _by_key(call, *layouts))
-        by_key(call.query, call.key, call.value, grad_out, lse, delta, dk, dv, *places)
-    return dq, dk, dv, delta
+    return bind_backward(call, out, grad_out, grad_lse, into)(*call.tensors, out, lse, grad_out, grad_lse, into)
 
 
 def bind_backward(
@@ -66,10 +52,18 @@ def bind_backward(
     grad_lse: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Backward:
-    """`attention_backward` by the portable kernels, as a function of `Call.tensors` and its other arguments, for all
-    calls with these numbers whose other arguments lie in memory like these."""
+    """`attention_backward` as a function of `Call.tensors` and its other arguments, for all calls with these numbers
+    whose other arguments lie in memory like these."""
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, *(into or ()))]
-    return call.once(("backward", call.short_backward, *layouts), lambda: _backward_of(call, *layouts))
+    if not hopper_chosen(call.query.device):
+        return call.once(
+            ("backward", call.short_backward, grad_out.dtype, *layouts), lambda: _backward_of(call, *layouts)
+        )
+    hopper = hopper_launchers()
+    return call.once(
+        ("Hopper backward", hopper.backward_query_kernel, hopper.backward_key_kernel, grad_out.dtype, *layouts),
+        lambda: hopper.bind_backward(call, _backward_of(call, *layouts), *layouts),
+    )
 
 
 # Strides of a tensor, None where there is none.
@@ -97,12 +91,12 @@ def _backward_of(call: Call, out: Any, grad_out: Any, grad_lse: _Layout, *into: 
         places = (as_bytes(mask), slopes, seed, cu_q, cu_k)
         if short:
             if rows or keys:
-                all_three(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
+                all_three.launch(query, key, value, grad_out, lse, grad_lse, delta, dq, dk, dv, *places)
             return dq, dk, dv, delta
         if rows:
-            by_query(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
+            by_query.launch(query, key, value, out, grad_out, lse, grad_lse, delta, dq, *places)
         if keys:
-            by_key(query, key, value, grad_out, lse, delta, dk, dv, *places)
+            by_key.launch(query, key, value, grad_out, lse, delta, dk, dv, *places)
         return dq, dk, dv, delta
 
     return run

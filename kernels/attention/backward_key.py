@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LOG2E,
     blank,
     kept_tile,
@@ -80,14 +81,15 @@ def _walk_rows(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=CHANGING)
 def backward_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dk_sb, dk_sh, dk_st,
     dv_sb, dv_sh, dv_st, l_sb, l_sh, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -127,6 +129,7 @@ def backward_key(
     if DROPOUT:
         seed = tl.load(SEED)
     ALIBI: tl.constexpr = SLOPES is not None
+    mask_q *= MASK_UNIT
     last = tl.minimum(column_start + BLOCK_N, k_len) - 1
     begin, full_begin, full_end, end = row_range(column_start, last, offset, q_len, left, right, CAUSAL, LEFT, RIGHT)
     begin = begin // BLOCK_M * BLOCK_M
@@ -146,7 +149,7 @@ def backward_key(
         plane = batch * heads + head
         mask_of = MASK
         if MASK is not None:
-            mask_of = MASK + batch.to(tl.int64) * mask_b + q_head * mask_h
+            mask_of = MASK + (batch.to(tl.int64) * mask_b + q_head * mask_h) * MASK_UNIT
         column_inside, key_bias = visible_keys(mask_of, column, k_len, mask_k, BOOL_MASK, KEY_MASK, True)
         if MASK is None:
             if CAUSAL or RIGHT:

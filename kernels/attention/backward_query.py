@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LOG2E,
     blank,
     kept_tile,
@@ -74,14 +75,15 @@ def _walk_keys(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=CHANGING)
 def backward_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
     l_sb, l_sh, dl_sb, dl_sh, dl_st, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -133,9 +135,10 @@ def backward_query(
     if BOTTOM_RIGHT:
         offset = k_len - q_len
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     slope = slope_of(SLOPES, batch, head, slope_b)
     plane = batch * heads + head
+    mask_q *= MASK_UNIT
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import chunked_constants, map_config
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LOG2E,
     kept_tile,
     key_range,
@@ -28,12 +29,7 @@ from fastformer.kernels.targets import target_of
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "owned", "own_heads", "own_rows", "own_columns", "loop_heads", "loop_rows", "loop_columns", "loops", "share",
-        "heads", "q_len", "k_len", "batches", "left", "right", "threshold", "l_sb", "l_sh", "g_s", "g_b", "g_h", "g_q",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=(*CHANGING, "heads"))
 def _bias_gradient(
     Q, K, V, DO, LSE, DELTA, GRAD, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, l_sb, l_sh,
@@ -42,7 +38,8 @@ def _bias_gradient(
     heads, q_len, k_len, batches, scale_in, scale_out, left, right, threshold, keep_scale,
     head_dim, value_dim, OF_SLOPES: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BOOL_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sum of one share of what one tile of the gradient collects.
@@ -56,6 +53,7 @@ def _bias_gradient(
     first_row_tile = mine // own_columns % own_rows
     first_head = mine // own_columns // own_rows % own_heads
     first_batch = mine // own_columns // own_rows // own_heads
+    mask_q *= MASK_UNIT
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     ALIBI: tl.constexpr = SLOPES is not None
@@ -95,7 +93,7 @@ def _bias_gradient(
             )  # fmt: skip
             mask_of = MASK
             if MASK is not None:
-                mask_of = MASK + batch.to(tl.int64) * mask_b + wide_head * mask_h
+                mask_of = MASK + (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
             scores, seen, _slack = score_tile(
                 qk, row[:, None], column[None, :], inside[:, None], there[None, :], 0.0, offset, mask_of, mask_q,
                 mask_k, slope_of(SLOPES, batch, head, slope_b), scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT,

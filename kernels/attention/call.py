@@ -4,6 +4,8 @@ Those numbers follow from shapes, strides, dtypes and options alone, so they are
 with them whatever launchers make of them: a training step repeats the same few calls in every layer.
 """
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,6 +30,12 @@ _derived: dict[Any, dict[str, Any]] = {}
 def forget() -> None:
     """Derive and prepare anew from now on, as after a change of the tiles."""
     _derived.clear()
+
+
+@functools.cache
+def hopper_launchers() -> Any:
+    """The module of the Hopper kernels' launchers; imported where they are chosen."""
+    return importlib.import_module("fastformer.kernels.attention.hopper")
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
@@ -209,8 +217,12 @@ def _derive(
     # Sequences whose keys lie in one tile. The interpreter's bound is small, so that small tests reach both ways.
     length = max(q_len, k_len)
     short = length <= (20 if interpreting() else SHORT) and longest <= 128 and (interpreting() or not single)
-    # One program would hold the sums of several heads, or more than these of 128 tokens, only by spilling.
-    bare = mask is None and not causal
+    # Kernels are compiled once for masks whose rows are aligned, and once for all others, whatever their lengths: only
+    # where rows of keys differ from query to query is that worth anything.
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    aligned = mask_strides[2] != 0 and mask_strides[2] < 2**31 and not any(s % 16 for s in mask_strides[:3])
+    unit = 16 if aligned else 1
+    # One program would hold the sums of several heads, or of 128 tokens of wider ones, only by spilling.
     return {
         "packed": packed,
         "batch": batch,
@@ -220,7 +232,7 @@ def _derive(
         "value_dim": value_dim,
         "q_len": q_len,
         "k_len": k_len,
-        "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
+        "mask_strides": (*(s // unit for s in mask_strides[:3]), mask_strides[3]),
         "slope_stride": slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
         "scale": scale,
         "scales": (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, 1.0),
@@ -233,7 +245,7 @@ def _derive(
         "rich": rich,
         "heavy": heavy,
         "short": short,
-        "short_backward": short and not heavy and heads == kv_heads and (length <= 64 or (longest <= 64 and bare)),
+        "short_backward": short and not heavy and heads == kv_heads and (length <= 64 or longest <= 64),
         "wide": longest > 64 if single else longest > (256 if rich or bottom_right else 512),
         "constants": {
             "GROUP": heads // max(1, kv_heads),
@@ -244,6 +256,7 @@ def _derive(
             "BOOL_MASK": mask is not None and mask.dtype == _BOOL,
             # A mask that is the same for all queries, as padding is: its keys need not even be read.
             "KEY_MASK": mask is not None and mask.stride(-2) == 0,
+            "MASK_UNIT": unit,
             "SOFTCAP": softcap != 0.0,
             "DROPOUT": dropout_p > 0.0,
             "HEAD_DIM": head_dim,

@@ -1,8 +1,9 @@
 """Tile sizes of the attention kernels, by pass, target, dtype and head dimension.
 
 These are the defaults; where `tiles` has a measured row, that counts. Every entry compiles without a register spill and
-within shared memory on its targets; tests/gate holds that. Calls with rules that need many registers (masks, windows,
-dropout, softcap, ALiBi) take the small tiles of `_RICH`.
+within shared memory on its targets; tests/gate holds that. Masks over keys alone and dropout cost registers by key or
+one draw a place (`_MASKED`); rules that look at every place (windows, softcap, ALiBi, other masks) take the small tiles
+of `_RICH`.
 """
 
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ _AMD: _Table = {
     256: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
     512: (Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
 }
+_AMD_MASKED: _Table = {
+    64: (Config(128, 64, 4, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    128: (Config(64, 64, 4, 1), Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
+}
 _AMD_RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
@@ -73,6 +78,24 @@ _RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+}
+_MASKED: dict[str, _Table] = {
+    "sm_80": {
+        64: (Config(128, 64, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 8, 1)),
+        128: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
+    },
+    "sm_90": {
+        64: (Config(128, 64, 8, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+        128: (Config(64, 64, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 1)),
+    },
+    "sm_100": {
+        64: (Config(128, 64, 8, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
+    },
+}
+_OTHER_MASKED: _Table = {
+    64: (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 64, 8, 1)),
+    128: (Config(64, 64, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
 }
 _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),
@@ -98,11 +121,18 @@ _MAPS = (Config(64, 32, 4, 1), 64)
 _MAPS_SINGLE = (Config(16, 16, 4, 1), 32)
 
 
+def rules_of(call: Call) -> str:
+    """The class of a call's rules, one of `tiles.RULES`. Of wider heads than 128 masked calls count as rich."""
+    if not call.rich:
+        return "plain"
+    return "rich" if call.heavy or max(call.block_d, call.block_v) > 128 else "masked"
+
+
 def _measured(target: Target, call: Call, name: str) -> Config | None:
     """What a table of `tiles` says of this call."""
     dtype = "single" if call.query.dtype == torch.float32 else "half"
     width, length = max(64, call.block_d, call.block_v), tiles.length_class(name, max(call.q_len, call.k_len))
-    tile = tiles.chosen((target.name, name, "rich" if call.rich else "plain", dtype, width, length))
+    tile = tiles.chosen((target.name, name, rules_of(call), dtype, width, length))
     return None if tile is None else Config(*tile)
 
 
@@ -115,11 +145,11 @@ def _configs(target: Target, call: Call) -> tuple[Config, Config, Config]:
     if call.query.dtype == torch.float32:
         table = _SINGLE
     elif target.backend == "hip":
-        table = _AMD_RICH if call.rich else _AMD
-    elif call.rich:
-        table = _RICH
-    else:
+        table = {"plain": _AMD, "masked": _AMD_MASKED, "rich": _AMD_RICH}[rules_of(call)]
+    elif rules_of(call) == "plain":
         table = {"sm_90": _HOPPER, "sm_100": _BLACKWELL}.get(target.name, _OTHER)
+    else:
+        table = _MASKED.get(target.name, _OTHER_MASKED) if rules_of(call) == "masked" else _RICH
     return table[width]
 
 
@@ -165,29 +195,45 @@ def short_config(target: Target, call: Call, name: str) -> Config:
 # Tiles of decoding by head dimension up to …: (rows at most, keys, warps, stages).
 _DECODE = {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (16, 32, 4, 2), 512: (16, 16, 8, 1)}
 _DECODE_SINGLE = {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
-# Several new tokens a sequence: the causal edge needs registers of its own. `fastformer.ops` sends no wider ones.
+_DECODE_AMD_SINGLE = {**_DECODE_SINGLE, 512: (16, 16, 4, 1)}
+# Several new tokens in a tile: the causal edge needs registers of its own, which wider heads do not leave.
 _DECODE_SEVERAL = {64: (64, 64, 4, 3), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}
 _DECODE_AMD = {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1), 512: (16, 16, 4, 1)}
 
 
-def decode_config(target: Target, width: int, dtype: torch.dtype, q_len: int, group: int) -> Config:
+def widest_of_several(target: Target, dtype: torch.dtype) -> int:
+    """The widest padded head of which a tile may hold several new tokens."""
+    if target.name == "interpreter":
+        return 64
+    return 128 if dtype == torch.float32 else 256
+
+
+def decode_config(target: Target, width: int, dtype: torch.dtype, single: bool, rows: int, capacity: int) -> Config:
     """Tiles of attention over a cache.
 
     Args:
         width: the larger of the padded head dimensions.
-        q_len: new tokens a sequence. group: query heads that share a key head; together they are the rows.
+        single: whether the rows of a tile are those of one new token.
+        rows: query heads that share a key head, of one token or of all.
+        capacity: tokens that the cache has room for.
     """
+    held = min(256, max(16, power_of_two(rows)))
+    if single:
+        length = tiles.length_class("decode", capacity)
+        kind = "single" if dtype == torch.float32 else "half"
+        measured = tiles.chosen((target.name, "decode", "plain", kind, max(64, width), length))
+        if measured is not None:
+            return Config(min(held, measured[0]), *measured[1:])
     if target.name == "interpreter":
         return _INTERPRETER
-    rows = q_len * group
     if dtype == torch.float32:
-        table = _DECODE_SINGLE
+        table = _DECODE_AMD_SINGLE if target.backend == "hip" else _DECODE_SINGLE
     elif target.backend == "hip":
         table = _DECODE_AMD
     else:
-        table = _DECODE if q_len == 1 else _DECODE_SEVERAL
+        table = _DECODE if single else _DECODE_SEVERAL
     most, *others = table[max(64, width)]
-    return Config(min(max(16, power_of_two(rows)), most), *others)
+    return Config(min(held, most), *others)
 
 
 def chunked_constants(call: Call) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Attention over a key and value cache: append and rotate, attend in splits of the keys, combine.
 
 - The query heads that share a key head are the rows of one tile, for all new tokens of a sequence: row r is head
-  r % GROUP of the group at query r // GROUP. Tiles are padded to 16 rows, what the matrix units need.
+  r % GROUP of the group at query r // GROUP. Tiles are padded to 16 rows, what the matrix units need. Of heads so wide
+  that several tokens' edges leave no registers, each token has tiles of its own, as a single one has: whatever such a
+  tile reads, all its rows see.
 - The keys of a sequence are divided over `splits` programs (Dao et al. 2023, "Flash-Decoding"). How many there are
   follows from shapes alone, how long each is from the sequence's length on the device: nothing is read by the host,
   and a CUDA graph of the call holds for every length. `combine` merges what each leaves.
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastformer.kernels.attention.combine import bind_combine, count_splits
-from fastformer.kernels.attention.config import decode_config
+from fastformer.kernels.attention.config import decode_config, widest_of_several
 from fastformer.kernels.attention.score import LN2, LOG2E, key_range, score_tile, sound_rows
 from fastformer.kernels.launch import Bound, launcher
 from fastformer.kernels.rows import cdiv, power_of_two
@@ -63,7 +65,7 @@ def _place_in(TABLE, position, inside, stride_b, stride_t, PAGE: tl.constexpr):
 
 
 @launcher
-@triton.jit(do_not_specialize=["new", "heads", "capacity", "positions"])
+@triton.jit(do_not_specialize=["new", "heads", "capacity", "positions", "table_sb"])
 def _append(
     K_NEW, V_NEW, K, V, SEQLENS, TABLE, COS, SIN,
     kn_sb, kn_st, kn_sh, vn_sb, vn_st, vn_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, cos_p, sin_p,
@@ -99,7 +101,7 @@ def _append(
 
 @triton.jit
 def _walk_cache(
-    acc, peak, total, q, K, V, TABLE, begin, end, lowest, bound, row, offset, q_len, k_sb, k_st, v_sb, v_st, slope,
+    acc, peak, total, q, K, V, TABLE, begin, end, lowest, bound, row, valid, offset, k_sb, k_st, v_sb, v_st, slope,
     scale_in, scale_out, left, right,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     CHECK: tl.constexpr, SCAN: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -114,15 +116,16 @@ def _walk_cache(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         column = start + n
         inside = (column >= lowest) & (column < bound)
-        k_place = K + _place_in(TABLE, column, inside, k_sb, k_st, PAGE)[None, :] + d[:, None]
+        k_place = K + _place_in(TABLE, column, inside, k_sb, k_st, PAGE)[:, None] + d[None, :]
         v_place = V + _place_in(TABLE, column, inside, v_sb, v_st, PAGE)[:, None] + dv[None, :]
-        k_mask = (d < HEAD_DIM)[:, None]
+        k_mask = (d < HEAD_DIM)[None, :]
         v_mask = (dv < VALUE_DIM)[None, :]
         if CHECK:
-            k_mask = k_mask & inside[None, :]
+            k_mask = k_mask & inside[:, None]
             v_mask = v_mask & inside[:, None]
-        k = tl.load(k_place, mask=k_mask, other=0.0)  # [BLOCK_D, BLOCK_N]
-        qk = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        k = tl.load(k_place, mask=k_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        # Transposed here, as in `forward`: the same product in the same order.
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if SCAN:
             # Keys that only some rows see: their NaN and Inf must not meet the zero weights of the others.
             sound = sound_rows(v_place, v_mask)
@@ -130,7 +133,7 @@ def _walk_cache(
             v_mask = v_mask & sound[:, None]
         v = tl.load(v_place, mask=v_mask, other=0.0)  # [BLOCK_N, BLOCK_V]
         scores, seen, _ = score_tile(
-            qk, row[:, None], column[None, :], (row < q_len)[:, None], inside[None, :], 0.0, offset, None, 0, 0, slope,
+            qk, row[:, None], column[None, :], valid[:, None], inside[None, :], 0.0, offset, None, 0, 0, slope,
             scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT, False, False, SOFTCAP, ALIBI, CHECK,
         )  # fmt: skip
         if CHECK:
@@ -146,17 +149,19 @@ def _walk_cache(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "new", "capacity", "positions", "splits", "left", "right"])
+@triton.jit(
+    do_not_specialize=["tiles", "q_len", "new", "capacity", "positions", "splits", "left", "right", "table_sb"]
+)  # fmt: skip
 def _attend(
     Q, K, V, OUT, LSE, SEQLENS, TABLE, SLOPES, SINKS, COS, SIN,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, slope_b, cos_p, sin_p,
     tiles, kv_heads, q_len, new, capacity, positions, splits, scale_in, scale_out, left, right,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCAN: tl.constexpr, FINAL: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SINGLE: tl.constexpr, FINAL: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows over one split of its keys.
+    """One tile of rows over one split of its keys; SINGLE: all of one query.
 
     FINAL (a single split): OUT (B, Sq, H, Dv), LSE (B, H, Sq). Otherwise what `combine` takes, by row and split:
     OUT (B, Sq, H, splits, Dv), not yet divided by the sum of weights; LSE (B, Sq, H, splits, 2): the largest score in
@@ -171,10 +176,26 @@ def _attend(
     k_len = tl.minimum(tl.maximum(tl.load(SEQLENS + batch) + new, 0), capacity)
     offset = k_len - q_len
 
-    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = r < q_len * GROUP
-    row = tl.where(valid, r // GROUP, q_len)  # the query's number; rows that are padding come after the last
-    head = kv_head * GROUP + r % GROUP
+    # row: the query's number; valid: not padding; first, last: queries of the tile.
+    if SINGLE:
+        first = tile // tl.cdiv(GROUP, BLOCK_M)
+        last = first
+        r = tile % tl.cdiv(GROUP, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = r < GROUP
+        row = tl.zeros([BLOCK_M], tl.int32) + first
+        head = kv_head * GROUP + r
+    else:
+        first = tile * BLOCK_M // GROUP
+        last = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
+        r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = r < q_len * GROUP
+        row = r // GROUP
+        head = kv_head * GROUP + r % GROUP
+    # Within the range of a single query there is nothing to hide, and a key is seen by all rows or by none.
+    CUT: tl.constexpr = CAUSAL and not SINGLE
+    CUT_LEFT: tl.constexpr = LEFT and not SINGLE
+    CUT_RIGHT: tl.constexpr = RIGHT and not SINGLE
+    SCAN: tl.constexpr = CUT or CUT_LEFT or CUT_RIGHT
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     place = Q + far * q_sb + (row.to(tl.int64) * q_st + head.to(tl.int64) * q_sh)[:, None]
@@ -200,8 +221,6 @@ def _attend(
         peak = tl.load(SINKS + head, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    first = tile * BLOCK_M // GROUP
-    last = (tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * GROUP) - 1) // GROUP
     lowest, full_begin, full_end, bound = key_range(first, last, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     # Whole tiles that every row sees lie between full_begin and full_end.
     begin = lowest // BLOCK_N * BLOCK_N
@@ -213,21 +232,21 @@ def _attend(
     end = tl.minimum(begin + share, bound)
     if LEFT:
         acc, peak, total = _walk_cache(
-            acc, peak, total, q, K, V, TABLE, begin, tl.minimum(end, full_begin), lowest, bound, row, offset, q_len,
+            acc, peak, total, q, K, V, TABLE, begin, tl.minimum(end, full_begin), lowest, bound, row, valid, offset,
             k_sb, k_st, v_sb, v_st, slope, scale_in, scale_out, left, right,
-            CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, True, SCAN, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
-            PRECISION,
+            CUT, CUT_LEFT, CUT_RIGHT, SOFTCAP, ALIBI, True, SCAN, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
+            BLOCK_V, PRECISION,
         )  # fmt: skip
     acc, peak, total = _walk_cache(
         acc, peak, total, q, K, V, TABLE, tl.maximum(begin, full_begin), tl.minimum(end, full_end), lowest, bound, row,
-        offset, q_len, k_sb, k_st, v_sb, v_st, slope, scale_in, scale_out, left, right,
-        CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, False, False, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+        valid, offset, k_sb, k_st, v_sb, v_st, slope, scale_in, scale_out, left, right,
+        False, False, False, SOFTCAP, ALIBI, False, False, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
         PRECISION,
     )  # fmt: skip
     acc, peak, total = _walk_cache(
         acc, peak, total, q, K, V, TABLE, tl.maximum(begin, full_end), end, lowest, bound, row,
-        offset, q_len, k_sb, k_st, v_sb, v_st, slope, scale_in, scale_out, left, right,
-        CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, True, SCAN, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+        valid, offset, k_sb, k_st, v_sb, v_st, slope, scale_in, scale_out, left, right,
+        CUT, CUT_LEFT, CUT_RIGHT, SOFTCAP, ALIBI, True, SCAN, PAGE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
         PRECISION,
     )  # fmt: skip
 
@@ -264,6 +283,11 @@ class Rules(NamedTuple):
 Decode = Callable[..., tuple[Tensor, Tensor]]
 _KEPT = 256
 _bound: dict[Any, Decode] = {}
+
+
+def forget() -> None:
+    """Choose and prepare anew from now on, as after a change of the tiles."""
+    _bound.clear()
 
 
 def attention_decode(
@@ -342,8 +366,11 @@ def _bind(
     # A side as long as the sequences bounds nothing; left in, it would overflow the kernels' 32-bit positions.
     left, right = (-1 if side >= max(q_len, capacity) else side for side in (rules.left, rules.right))
     causal = rules.causal and q_len > 1  # the last token sees everything
-    config = decode_config(target, max(block_d, block_v), query.dtype, q_len, group)
-    tiles = max(1, cdiv(q_len * group, config.block_m))
+    width = max(block_d, block_v)
+    single = q_len == 1 or width > widest_of_several(target, query.dtype)
+    rows, alike = (group, q_len) if single else (q_len * group, 1)
+    config = decode_config(target, width, query.dtype, single, rows, capacity)
+    tiles = max(1, cdiv(rows, config.block_m) * alike)
     keys = capacity
     if left >= 0 and (rules.causal or right >= 0):
         keys = min(capacity, left + q_len + max(right, 0))
@@ -372,8 +399,7 @@ def _bind(
         "LEFT": left >= 0,
         "RIGHT": right >= 0,
         "SOFTCAP": rules.softcap != 0.0,
-        # With one query, a key is seen by all rows or by none.
-        "SCAN": q_len > 1 and (causal or left >= 0 or right >= 0),
+        "SINGLE": single,
         "FINAL": splits == 1,
         "PRECISION": "ieee",  # fp32 is fp32: no TF32 rounding of the inputs
         **sizes,
@@ -394,16 +420,16 @@ def _bind(
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         if append is not None:
-            append(k, v, k_cache, v_cache, seqlens, table, cos, sin)
+            append.launch(k, v, k_cache, v_cache, seqlens, table, cos, sin)
         if empty:
             return out, lse
         if splits == 1:
-            attend(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
+            attend.launch(query, k_cache, v_cache, out, lse, seqlens, table, slopes, sinks, cos, sin)
             return out, lse
         part = torch.empty(part_shape, dtype=torch.float32, device=device)
         stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
-        attend(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
-        combine(part, stats, out, lse, sinks)
+        attend.launch(query, k_cache, v_cache, part, stats, seqlens, table, slopes, sinks, cos, sin)
+        combine.launch(part, stats, out, lse, sinks)
         return out, lse
 
     return run

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastformer.kernels.attention.call import Call, as_bytes
+from fastformer.kernels.attention.call import Call, as_bytes, hopper_launchers
 from fastformer.kernels.attention.config import bind, forward_config, short_config
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LN2,
     blank,
     blank_rows,
@@ -104,14 +105,15 @@ def _walk(
 
 
 @launcher
-@triton.jit(do_not_specialize=["tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=CHANGING)
 def _forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
     mask_b, mask_h, mask_q, mask_k, slope_b, tiles, heads, q_len, k_len, tokens, batches, scale_in, scale_out,
     left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -152,12 +154,13 @@ def _forward(
     if BOTTOM_RIGHT:
         offset = k_len - q_len
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     slope = slope_of(SLOPES, batch, head, slope_b)
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
     plane = batch * heads + head
+    mask_q *= MASK_UNIT
 
     peak, total = start_of_row(SINKS, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -208,18 +211,15 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     Returns:
         dense: output (B, H, Sq, Dv) contiguous as (B, Sq, H, Dv), LSE (B, H, Sq) fp32; packed: (T, H, Dv), (H, T).
     """
-    if hopper_chosen(call.query.device):
-        from fastformer.kernels.attention.hopper import hopper_forward
-
-        results = hopper_forward(call)
-        if results is not None:
-            return results
     return bind_forward(call)(*call.tensors)
 
 
 def bind_forward(call: Call) -> Forward:
-    """`attention_forward` by the portable kernels, as a function of `Call.tensors` for all calls with these numbers."""
-    return call.once(("forward", call.short), lambda: _forward_of(call))
+    """`attention_forward` as a function of `Call.tensors` for all calls with these numbers."""
+    if not hopper_chosen(call.query.device):
+        return call.once(("forward", call.short), lambda: _forward_of(call))
+    hopper = hopper_launchers()
+    return call.once(("Hopper forward", hopper.forward_kernel), lambda: hopper.bind_forward(call, _forward_of(call)))
 
 
 def _forward_of(call: Call) -> Forward:
@@ -238,7 +238,7 @@ def _forward_of(call: Call) -> Forward:
     )  # fmt: skip
     programs = tiles * call.heads * (call.batch + call.packed)
     kernel = short_forward if call.short else _forward
-    launch = bind(target, call, kernel, wide_forward, programs, numbers, config, call.value_dim)
+    bound = bind(target, call, kernel, wide_forward, programs, numbers, config, call.value_dim)
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
@@ -247,7 +247,7 @@ def _forward_of(call: Call) -> Forward:
         out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
         lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
         if not empty:
-            launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
+            bound.launch(query, key, value, out, lse, as_bytes(mask), slopes, sinks, seed, cu_q, cu_k)
         return out, lse
 
     return run

@@ -1,4 +1,9 @@
-"""Launchers of the Hopper kernels, and which calls they take."""
+"""Launchers of the Hopper kernels, and which calls they take.
+
+What follows from a call's shapes, strides and options is derived once and kept with the call's other launches: whether
+the kernels take it, its tensors as TMA sees them, the numbers. Descriptors are kept by address: an allocator gives the
+same ones again. Their 128-byte form is encoded by Triton's own launcher at every launch: it keeps none, and takes none.
+"""
 
 from typing import Any
 
@@ -12,6 +17,8 @@ from fastformer.kernels.attention import hopper_backward_key as by_key
 from fastformer.kernels.attention import hopper_backward_query as by_query
 from fastformer.kernels.attention import hopper_forward as by_rows
 from fastformer.kernels.attention.call import Call
+from fastformer.kernels.launch import Bound, launcher
+from fastformer.kernels.rows import cdiv, dense_strides
 
 BLOCK = 128  # query rows of a program
 # Head dimension: (tile of keys, stages). Two 16-bit buffers a stage beside the queries fit 227 KiB.
@@ -27,20 +34,75 @@ if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
 QUERY = {64: (64, 6), 128: (64, 6), 256: (64, 3)}
 # Of an H100's or H200's 50 MB, what keys and values may take while other data passes through.
 _L2_BYTES = 24 << 20
+_KEPT = 256  # descriptors remembered for one argument of one kind of launch
 _DTYPES = (torch.float16, torch.bfloat16)
 _LAYOUT = NVMMASharedLayout(128, 16, 2)
 _VECTOR = NVMMASharedLayout(0, 32, 1)
 
-forward_kernel = by_rows.forward_kernel
-backward_query_kernel = by_query.backward_query_kernel
-backward_key_kernel = by_key.backward_key_kernel
+forward_kernel = launcher(by_rows.forward_kernel)
+backward_query_kernel = launcher(by_query.backward_query_kernel)
+backward_key_kernel = launcher(by_key.backward_key_kernel)
+
+
+Layout = tuple[int, ...]  # strides of a tensor
+
+
+class _Address:
+    """Of a tensor, what Triton's launcher asks for: its descriptor outlives it, and serves the next one there."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class _View:
+    """Makes of a tensor the descriptor that `like` is of another of the same kind; no checks are repeated.
+
+    The tensor must lie on a multiple of 16 bytes.
+
+    Attributes:
+        known: descriptors by address, for launches that repeat an earlier one.
+    """
+
+    def __init__(self, like: TensorDescriptor) -> None:
+        self.fields = {name: value for name, value in vars(like).items() if name != "base"}
+        self.known: dict[int, TensorDescriptor] = {}
+
+    def __call__(self, tensor: Tensor) -> TensorDescriptor:
+        return self._of(tensor)
+
+    def at(self, pointer: int) -> TensorDescriptor:
+        """For a tensor at this address."""
+        if len(self.known) >= _KEPT:
+            self.known.clear()
+        made = self.known[pointer] = self._of(_Address(pointer))
+        return made
+
+    def _of(self, base: Any) -> TensorDescriptor:
+        made = object.__new__(TensorDescriptor)
+        vars(made).update(self.fields, base=base)
+        return made
+
+
+class Aligned(Bound):
+    """A launch that answers True, and launches nothing, where a tensor that it views does not begin at 16 bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> bool | None:
+        if any(t is not None and t.data_ptr() & 15 for t in tensors[: len(self.views)]):
+            return True
+        super().__call__(*tensors)
+        return None
 
 
 class _Plane:
     """A tensor as a 2-D array of tokens: element 0 of a token's head lies in some row, at some column.
 
     Attributes:
-        row_batch, row_head, column_head: what a sequence or head adds to the row, or a head to the column.
+        steps: what a sequence or head adds to the row, and a head to the column.
     """
 
     def __init__(self, tensor: Tensor, strides: tuple[int, int, int]) -> None:
@@ -60,32 +122,31 @@ class _Plane:
         in_row = head * (heads - 1) + size <= token
         if token < size or batch % token or (not in_row and head % token):
             raise ValueError
-        if tensor.data_ptr() % 16 or token % 8 or (in_row and head % 8):
+        if token % 8 or (in_row and head % 8):
             raise ValueError
-        self.row_batch = batch // token
-        self.row_head, self.column_head = (0, head) if in_row else (head // token, 0)
-        rows = (batches - 1) * self.row_batch + (heads - 1) * self.row_head + length
-        width = (heads - 1) * self.column_head + size
-        if max(rows, width, (batches + 1) * self.row_batch) >= 2**31 - 2**9:
+        row_batch = batch // token
+        row_head, column_head = (0, head) if in_row else (head // token, 0)
+        rows = (batches - 1) * row_batch + (heads - 1) * row_head + length
+        width = (heads - 1) * column_head + size
+        if max(rows, width, (batches + 1) * row_batch) >= 2**31 - 2**9:
             raise ValueError
         self.tensor, self.shape, self.pitch = tensor, [rows, width], token
+        self.steps = row_batch, row_head, column_head
 
-    def descriptor(self, rows: int) -> TensorDescriptor:
+    def view(self, rows: int) -> _View:
         """For tiles of that many tokens."""
-        return TensorDescriptor(self.tensor, self.shape, [self.pitch, 1], [rows, self.tensor.shape[-1]], _LAYOUT)
-
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        return self.row_batch, self.row_head, self.column_head
+        block = [rows, self.tensor.shape[-1]]
+        return _View(TensorDescriptor(self.tensor, self.shape, [self.pitch, 1], block, _LAYOUT))
 
 
-def _vector(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of a contiguous tensor of one number a row."""
-    return TensorDescriptor(x, [x.numel()], [1], [rows], _VECTOR)
+def _row_view(call: Call, rows: int) -> _View:
+    """LSE or delta, in tiles of so many numbers."""
+    like = torch.empty(4, dtype=torch.float32, device=call.query.device)
+    return _View(TensorDescriptor(like, [call.query[..., 0].numel()], [1], [rows], _VECTOR))
 
 
-def _planes(call: Call, grad_out: Tensor | None = None) -> list[_Plane] | None:
-    """Query, key, value and the gradient of the output, or None for a call that the kernels do not take."""
+def _planes(call: Call, *more: Layout) -> list[_Plane] | None:
+    """Query, key, value, and like the query `more` with these strides; None for a call that the kernels do not take."""
     rules = call.mask is not None or call.slopes is not None or call.sinks is not None or call.constants["DROPOUT"]
     if rules or call.head_dim != call.value_dim or call.head_dim not in FORWARD:
         return None
@@ -94,9 +155,9 @@ def _planes(call: Call, grad_out: Tensor | None = None) -> list[_Plane] | None:
         return None
     if not (call.query.numel() and call.key.numel()):
         return None
-    tensors = [call.query, call.key, call.value] + ([] if grad_out is None else [grad_out])
     try:
-        return [_Plane(x, call.strides(x)) for x in tensors]
+        given = [_Plane(x, call.strides(x)) for x in (call.query, call.key, call.value)]
+        return given + [_Plane(call.query, call.along(strides)) for strides in more]
     except ValueError:
         return None
 
@@ -106,89 +167,115 @@ def _constants(call: Call) -> dict[str, Any]:
     return {name: call.constants[name] for name in names} | {"num_warps": 4}
 
 
-def _rows(call: Call) -> tuple[int, int]:
-    """(batch, head) strides of the LSE and of delta."""
-    return (0, call.query.shape[0]) if call.packed else (call.heads * call.q_len, call.q_len)
-
-
 def _order(call: Call) -> tuple[int, int, int]:
     """(tiles of queries, planes, planes whose keys and values stay in L2 together)."""
-    tiles = max(1, triton.cdiv(call.q_len, BLOCK))
+    tiles = max(1, cdiv(call.q_len, BLOCK))
     planes = (call.batch + call.packed) * call.heads
     section = call.constants["GROUP"] * max(1, _L2_BYTES // (4 * max(1, call.k_len) * call.head_dim))
     return tiles, planes, min(section, planes)
 
 
-def hopper_forward(call: Call) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE as `attention_forward` returns them, or None for a call that these kernels do not take: masks,
-    ALiBi, sinks, dropout, other dtypes or head dimensions, memory that TMA cannot address."""
+def bind_forward(call: Call, portable: Any) -> Any:
+    """`attention_forward` by these kernels, as a function of `Call.tensors`; `portable` for calls that they do not
+    take: masks, ALiBi, sinks, dropout, other dtypes or head dimensions, memory that TMA cannot address.
+
+    Args:
+        portable: the same by the portable kernels; it also runs where a tensor does not begin at 16 bytes.
+    """
     planes = _planes(call)
     if planes is None:
-        return None
-    query = call.query
-    block_n, stages = FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
-    tokens = query.shape[0] if call.packed else 0
-    out = call.empty_like(query)
+        return portable
+    device, dtype = call.query.device, call.query.dtype
+    tokens = call.query.shape[0] if call.packed else 0
+    shape, laid = call.layout_like(call.query)
     rows = (call.heads, tokens) if call.packed else (call.batch, call.heads, call.q_len)
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    row_strides = dense_strides(rows)
+    block_n, stages = FORWARD[call.head_dim] if not call.constants["SOFTCAP"] else (64, 2)
     tiles, count, section = _order(call)
     q, k, v = planes
-    forward_kernel[(tiles * count,)](
-        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), out, lse, call.cu_q, call.cu_k,
-        *q.steps, *k.steps, *v.steps, *call.strides(out), *_rows(call), tiles, call.heads, count, section,
+    numbers = (
+        *q.steps, *k.steps, *v.steps, *call.along(laid), *call.row_strides(), tiles, call.heads, count, section,
         call.q_len, call.k_len, tokens, *call.scales, call.left, call.right,
-        BLOCK_N=block_n, STAGES=stages, **_constants(call),
     )  # fmt: skip
-    return out, lse
+    constants = {**_constants(call), "BLOCK_N": block_n, "STAGES": stages}
+    views = (q.view(BLOCK), k.view(block_n), v.view(block_n))
+    bound = Aligned(forward_kernel, (tiles * count,), numbers, constants, views)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
+        lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
+        if bound.launch(query, key, value, out, lse, cu_q, cu_k):
+            return portable(query, key, value, cu_q, cu_k, *others)
+        return out, lse
+
+    return run
 
 
-def hopper_backward_query(
-    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor, dq: Tensor
-) -> bool:
-    """Fills dq and delta, or answers False for a call that these kernels do not take.
+def bind_backward(
+    call: Call, portable: Any, out: Layout, grad_out: Layout, grad_lse: Layout | None, *into: Layout
+) -> Any:
+    """`attention_backward` by these kernels, as a function of `Call.tensors`, the output, the LSE, their gradients and
+    `into`; `portable` for calls that they do not take.
 
     Args:
-        out, lse: as the forward kernel leaves them; lse and delta contiguous. grad_out: like the output.
-        grad_lse: like lse, any strides, or None.
+        portable: the same by the portable kernels; it also runs where a tensor does not begin at 16 bytes.
+        out, grad_out, grad_lse, into: strides of the output, of the gradients, of dQ, dK, dV if they are given.
     """
     planes = _planes(call, grad_out)
-    if planes is None:
-        return False
+    device, dtype = call.query.device, call.query.dtype
+    made = [call.layout_like(x) for x in (call.query, call.key, call.value)]
+    dq, dk, dv = into or [strides for _, strides in made]
+    # dK and dV are addressed alike; offsets within a tile are 32-bit.
+    far = BLOCK * max(stride for strides in (out, dq, dk) for stride in strides[-3:-1]) >= 2**31
+    if planes is None or dk != dv or far or call.query[..., 0].numel() >= 2**31:
+        return portable
+    by_query, by_key = _by_query(call, planes, out, grad_lse, dq), _by_key(call, planes, dk)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, mask: Tensor | None,
+        slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
+        grad_lse: Tensor | None, into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        dq, dk, dv = into or [torch.empty_strided(*where, dtype=dtype, device=device) for where in made]
+        delta = torch.empty_like(lse)
+        if by_query.launch(query, key, value, grad_out, out, lse, grad_lse, delta, dq, cu_q, cu_k) or by_key.launch(
+            query, key, value, grad_out, lse, delta, dk, dv, cu_q, cu_k
+        ):
+            biases = (mask, slopes, sinks, seed)
+            return portable(query, key, value, cu_q, cu_k, *biases, out, lse, grad_out, grad_lse, into)
+        return dq, dk, dv, delta
+
+    return run
+
+
+def _by_query(call: Call, planes: list[_Plane], out: Layout, grad_lse: Layout | None, dq: Layout) -> Bound:
     block_n, slots = QUERY[call.head_dim]
     tiles, count, section = _order(call)
-    dl_strides: tuple[int, ...] = (0, 0, 0)
-    if grad_lse is not None:
-        dl_strides = (0, *grad_lse.stride()) if call.packed else grad_lse.stride()
+    dl_strides = (0, 0, 0) if grad_lse is None else (0, *grad_lse) if call.packed else grad_lse
     q, k, v, do = planes
-    backward_query_kernel[(tiles * count,)](
-        q.descriptor(BLOCK), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(BLOCK), out, lse,
-        grad_lse, delta, dq, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps, *do.steps, *call.strides(out),
-        *call.strides(dq), *_rows(call), *dl_strides, tiles, call.heads, count, section, call.q_len, call.k_len,
-        call.query.shape[0] if call.packed else 0, call.scale, *call.scales, call.left, call.right,
-        BLOCK_N=block_n, SLOTS=slots, **_constants(call),
+    numbers = (
+        *q.steps, *k.steps, *v.steps, *do.steps, *call.along(out), *call.along(dq), *call.row_strides(), *dl_strides,
+        tiles, call.heads, count, section, call.q_len, call.k_len, call.query.shape[0] if call.packed else 0,
+        call.scale, *call.scales, call.left, call.right,
     )  # fmt: skip
-    return True
+    constants = {**_constants(call), "BLOCK_N": block_n, "SLOTS": slots}
+    views = (q.view(BLOCK), k.view(block_n), v.view(block_n), do.view(BLOCK))
+    return Aligned(backward_query_kernel, (tiles * count,), numbers, constants, views)
 
 
-def hopper_backward_key(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor, dk: Tensor, dv: Tensor) -> bool:
-    """Fills dk and dv, which have the same strides, or answers False for a call that these kernels do not take.
-
-    Args:
-        lse, delta: as the forward and dQ kernels leave them; contiguous. grad_out: like the output.
-    """
-    planes = _planes(call, grad_out)
-    if planes is None or lse.numel() >= 2**31 or (lse.data_ptr() | delta.data_ptr()) % 16:
-        return False
+def _by_key(call: Call, planes: list[_Plane], dk: Layout) -> Bound:
     block_m, stages = (NARROW_KEY if call.constants["SOFTCAP"] else KEY)[call.head_dim]
-    q, k, v, do = planes
     block_n = BLOCK if call.head_dim <= 128 else BLOCK // 2
-    tiles = max(1, triton.cdiv(call.k_len, block_n))
+    tiles = max(1, cdiv(call.k_len, block_n))
     count = (call.batch + call.packed) * call.kv_heads
-    backward_key_kernel[(tiles * count,)](
-        q.descriptor(block_m), k.descriptor(block_n), v.descriptor(block_n), do.descriptor(block_m),
-        _vector(lse, block_m), _vector(delta, block_m), dk, dv, call.cu_q, call.cu_k, *q.steps, *k.steps, *v.steps,
-        *do.steps, *call.strides(dk), *_rows(call), tiles, call.kv_heads, count, call.q_len, call.k_len,
-        call.key.shape[0] if call.packed else 0, *call.scales, call.left, call.right,
-        BLOCK_M=block_m, STAGES=stages, **_constants(call),
+    q, k, v, do = planes
+    numbers = (
+        *q.steps, *k.steps, *v.steps, *do.steps, *call.along(dk), *call.row_strides(), tiles, call.kv_heads, count,
+        call.q_len, call.k_len, call.key.shape[0] if call.packed else 0, *call.scales, call.left, call.right,
     )  # fmt: skip
-    return True
+    constants = {**_constants(call), "BLOCK_M": block_m, "STAGES": stages}
+    row = _row_view(call, block_m)
+    views = (q.view(block_m), k.view(block_n), v.view(block_n), do.view(block_m), row, row)
+    return Aligned(backward_key_kernel, (tiles * count,), numbers, constants, views)

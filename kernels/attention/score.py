@@ -12,6 +12,15 @@ from fastformer.kernels.random import keep_columns
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Arguments that follow from lengths or are never worth it: kernels are not compiled anew for what these are divisible
+# by. Strides of queries, keys and values are aligned whatever the lengths; those of a mask come with MASK_UNIT.
+CHANGING = (
+    "tiles", "q_len", "k_len", "tokens", "tokens_q", "tokens_k", "batches", "left", "right", "threshold",
+    "l_sb", "l_sh", "dl_sb", "dl_sh", "dl_st", "mask_b", "mask_h", "mask_q",
+    "tiles_m", "tiles_n", "count", "width", "share",
+    "owned", "own_heads", "own_rows", "own_columns", "loop_heads", "loop_rows", "loop_columns", "loops",
+    "g_s", "g_b", "g_h", "g_q",
+)  # fmt: skip
 
 
 @triton.jit

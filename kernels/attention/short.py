@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LN2,
     LOG2E,
     blank,
@@ -27,18 +28,15 @@ from fastformer.kernels.launch import launcher
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=CHANGING)
 def short_forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
     mask_b, mask_h, mask_q, mask_k, slope_b, tiles, heads, q_len, k_len, tokens, batches, scale_in, scale_out,
     left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -73,8 +71,9 @@ def short_forward(
     dv = tl.arange(0, BLOCK_V)
     wide = (q_start + row_start) + tl.arange(0, BLOCK_M).to(tl.int64)
     place = k_start + column.to(tl.int64)
+    mask_q *= MASK_UNIT
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, True)
     q = tl.load(
         Q + far * q_sb + wide_head * q_sh + wide[:, None] * q_st + d[None, :],
@@ -182,19 +181,15 @@ def _add_rows(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "q_len", "k_len", "tokens_q", "tokens_k", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-        "dl_sb", "dl_sh", "dl_st",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=CHANGING)
 def short_backward(
     Q, K, V, DO, LSE, DLSE, DELTA, DQ, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
     dk_sb, dk_sh, dk_st, dv_sb, dv_sh, dv_st, l_sb, l_sh, dl_sb, dl_sh, dl_st, mask_b, mask_h, mask_q, mask_k, slope_b,
     heads, q_len, k_len, tokens_q, tokens_k, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
     ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -241,8 +236,9 @@ def short_backward(
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
+    mask_q *= MASK_UNIT
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     column_inside, key_bias = visible_keys(MASK, column, k_len, mask_k, BOOL_MASK, KEY_MASK, True)
     rows = far * l_sb + wide_head * l_sh + q_start
     if DLSE is not None:

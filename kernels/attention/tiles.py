@@ -1,16 +1,19 @@
 """Measured tile choices of attention: a table that `fastformer tune` writes and FASTFORMER_TILES points to.
 
-What the table does not hold comes from `config`. One row chooses for a device, a pass, plain or rich rules, a dtype
-class, a head dimension and a class of lengths:
+What the table does not hold comes from `config`. One row chooses for a device, a pass, a class of rules, a dtype class,
+a head dimension and a class of lengths:
 
     {"format": 1, "kernels": "<digest>", "triton": "3.7.1", "rows": [
       {"device": "sm_90", "pass": "forward", "rules": "plain", "dtype": "half", "head_dim": 64, "length": 512,
        "tile": [128, 64, 4, 3], "microseconds": 41.2}]}
 
-- pass: "forward", "dQ" and "dK and dV", or for sequences of at most 128 tokens "short forward" and "short backward".
+- pass: "forward", "dQ" and "dK and dV"; for sequences of at most 128 tokens "short forward" and "short backward"; for
+  one new token over a cache "decode", whose length is the cache's and whose rules are "plain".
+- rules: "plain" (causal or not), "masked" (a mask over keys alone, dropout) or "rich" (anything else).
 - head_dim: the padded one, 64 to 512. length: the longest sequence is at most that, and longer than the next smaller
   class of `LENGTHS` (short passes: of `SHORT_LENGTHS`); null for the longest class.
-- tile: queries, keys, warps, stages; short passes take as many keys as there are. kernels: `digest()` of the sources
+- tile: queries, keys, warps, stages; short passes take as many keys as there are, and decoding no more rows than query
+  heads share a key head. kernels: `digest()` of the sources
   that were timed.
 """
 
@@ -26,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-PASSES = ("forward", "dQ", "dK and dV", "short forward", "short backward")
+PASSES = ("forward", "dQ", "dK and dV", "short forward", "short backward", "decode")
 LENGTHS = (128, 512, 2048, None)
+RULES = ("plain", "masked", "rich")
 # Classes of the passes that hold all keys in one tile, which is as long as the class.
 SHORT_LENGTHS = (32, 64, 128)
 WIDTHS = (64, 128, 256, 512)
@@ -36,7 +40,7 @@ Tile = tuple[int, int, int, int]
 
 _FIELDS = {
     "pass": PASSES,
-    "rules": ("plain", "rich"),
+    "rules": RULES,
     "dtype": ("half", "single"),
     "head_dim": WIDTHS,
     "length": (32, 64, *LENGTHS),
@@ -49,7 +53,8 @@ def digest() -> str:
     """What identifies the sources of the attention kernels: measured on others, a table is stale."""
     here = Path(__file__).parent
     found = hashlib.sha256()
-    for name in ("backward.py", "backward_key.py", "backward_query.py", "forward.py", "score.py", "short.py"):
+    names = ("backward.py", "backward_key.py", "backward_query.py", "decode.py", "forward.py", "score.py", "short.py")
+    for name in names:
         found.update((here / name).read_bytes())
     return found.hexdigest()[:16]
 

@@ -8,26 +8,21 @@ from torch import Tensor
 
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.config import chunked_constants, map_config
-from fastformer.kernels.attention.score import LOG2E, kept_rows, product, score_tile, sequence, slope_of
+from fastformer.kernels.attention.score import CHANGING, LOG2E, kept_rows, product, score_tile, sequence, slope_of
 from fastformer.kernels.launch import launcher
 from fastformer.kernels.rows import cdiv
 from fastformer.kernels.targets import target_of
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles_m", "tiles_n", "heads", "q_len", "k_len", "count", "width", "batches", "left", "right", "threshold",
-        "l_sb", "l_sh", "share",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=(*CHANGING, "heads"))
 def _weights(
     Q, K, LSE, ROWS, OUT, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, l_sb, l_sh, mask_b, mask_h, mask_q, mask_k, slope_b,
     tiles_m, tiles_n, heads, q_len, k_len, count, width, batches, scale_in, scale_out, left, right, threshold,
     keep_scale, share, head_dim,
     AVERAGE: tl.constexpr, GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    RIGHT: tl.constexpr, BOOL_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -68,6 +63,7 @@ def _weights(
     if DROPOUT:
         seed = tl.load(SEED)
     ALIBI: tl.constexpr = SLOPES is not None
+    mask_q *= MASK_UNIT
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in tl.range(first_head, last_head, num_stages=1):
         wide_head = far * 0 + head
@@ -81,7 +77,7 @@ def _weights(
         )  # fmt: skip
         mask_of = MASK
         if MASK is not None:
-            mask_of = MASK + batch.to(tl.int64) * mask_b + wide_head * mask_h
+            mask_of = MASK + (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
         scores, seen, _slack = score_tile(
             qk, row[:, None], column[None, :], inside[:, None], there[None, :], 0.0, offset, mask_of, mask_q,
             mask_k, slope_of(SLOPES, batch, head, slope_b), scale_in, scale_out, left, right, CAUSAL, LEFT, RIGHT,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastformer.kernels.attention.score import (
+    CHANGING,
     LN2,
     LOG2E,
     blank,
@@ -29,11 +30,7 @@ from fastformer.kernels.launch import launcher
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=CHANGING)
 def wide_forward(
     Q, K, V, OUT, LSE, MASK, SLOPES, SINKS, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, l_sb, l_sh,
@@ -41,7 +38,8 @@ def wide_forward(
     left, right, threshold, keep_scale,
     head_dim, value_dim,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -78,13 +76,14 @@ def wide_forward(
     if BOTTOM_RIGHT:
         offset = k_len - q_len
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     slope = slope_of(SLOPES, batch, head, slope_b)
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
     peak, total = start_of_row(SINKS, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+    mask_q *= MASK_UNIT
     last = tl.minimum(row_start + BLOCK_M, q_len) - 1
     begin, _from, _to, end = key_range(row_start, last, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     for start in tl.range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N, num_stages=1):
@@ -130,12 +129,7 @@ def wide_forward(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-        "dl_sb", "dl_sh", "dl_st",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=CHANGING)
 def wide_query(
     Q, K, V, OUT, DO, LSE, DLSE, DELTA, DQ, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_sb, o_sh, o_st, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
@@ -143,7 +137,8 @@ def wide_query(
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     head_dim, value_dim,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -196,11 +191,12 @@ def wide_query(
     if BOTTOM_RIGHT:
         offset = k_len - q_len
     if MASK is not None:
-        MASK += batch.to(tl.int64) * mask_b + wide_head * mask_h
+        MASK += (batch.to(tl.int64) * mask_b + wide_head * mask_h) * MASK_UNIT
     slope = slope_of(SLOPES, batch, head, slope_b)
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
+    mask_q *= MASK_UNIT
     last = tl.minimum(row_start + BLOCK_M, q_len) - 1
     begin, _from, _to, end = key_range(row_start, last, offset, k_len, left, right, CAUSAL, LEFT, RIGHT)
     dq = tl.zeros([BLOCK_M, WIDE], tl.float32)
@@ -239,11 +235,7 @@ def wide_query(
 
 
 @launcher
-@triton.jit(
-    do_not_specialize=[
-        "tiles", "q_len", "k_len", "tokens", "batches", "left", "right", "threshold", "l_sb", "l_sh",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=CHANGING)
 def wide_key(
     Q, K, V, DO, LSE, DELTA, DK, DV, MASK, SLOPES, SEED, CU_Q, CU_K,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, do_sb, do_sh, do_st, dk_sb, dk_sh, dk_st,
@@ -251,7 +243,8 @@ def wide_key(
     tiles, heads, q_len, k_len, tokens, batches, scale, scale_in, scale_out, left, right, threshold, keep_scale,
     head_dim, value_dim,
     GROUP: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BOOL_MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASK_UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -292,6 +285,7 @@ def wide_key(
     seed = 0
     if DROPOUT:
         seed = tl.load(SEED)
+    mask_q *= MASK_UNIT
     last = tl.minimum(column_start + BLOCK_N, k_len) - 1
     begin, _from, _to, end = row_range(column_start, last, offset, q_len, left, right, CAUSAL, LEFT, RIGHT)
     dk = tl.zeros([BLOCK_N, WIDE], tl.float32)
@@ -302,7 +296,7 @@ def wide_key(
         slope = slope_of(SLOPES, batch, head, slope_b)
         mask_of = MASK
         if MASK is not None:
-            mask_of = MASK + batch.to(tl.int64) * mask_b + q_head * mask_h
+            mask_of = MASK + (batch.to(tl.int64) * mask_b + q_head * mask_h) * MASK_UNIT
         inside, key_bias = visible_keys(mask_of, column, k_len, mask_k, BOOL_MASK, KEY_MASK, True)
         for start in tl.range(begin // BLOCK_M * BLOCK_M, end, BLOCK_M, num_stages=1):
             row = start + m

@@ -51,14 +51,13 @@ def _call(dim: int, dtype: torch.dtype, kind: str, length: int = 1024) -> Call:
     elif kind == "padded":
         rules |= {"mask": _meta(batch, 1, 1, length, dtype=torch.bool).expand(batch, heads, length, length)}
         rules |= {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
-    elif kind == "short" and length > 64:
-        rules |= {"dropout_p": 0.1, "seed": _meta(1, dtype=torch.int64)}
-        return Call(q, q, q, None, None, 0, 0, **rules)
-    elif kind == "short":  # all that the single kernel of the backward takes
+    elif kind == "dropped":
+        rules |= {"causal": True, "seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
+    elif kind in ("masked", "short"):  # all that the single kernel of the short backward takes
         rules |= {"causal": True, "bottom_right": True, "sinks": _meta(heads), "dropout_p": 0.1}
         rules |= {"mask": _meta(batch, 1, 1, length, dtype=dtype).expand(batch, heads, length, length)}
         rules |= {"seed": _meta(1, dtype=torch.int64)}
-        return Call(q, q, q, None, None, 0, 0, **rules)
+        k, v = (q, q) if kind == "short" else (k, v)
     elif kind == "biased":
         rules |= {"mask": _meta(1, heads, length, length, dtype=dtype).expand(batch, heads, length, length)}
     elif kind == "rich":
@@ -101,11 +100,14 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     chosen = [
         (64, half, "packed"),
         (64, half, "causal"),
-        (64, half, "padded"),
+        (64, half, "masked"),
+        (64, half, "dropped"),
         (64, half, "rich"),
         (64, half, "biased"),
         (128, half, "packed"),
         (128, half, "causal"),
+        (128, half, "masked"),
+        (128, half, "dropped"),
         (128, half, "rich"),
         (128, half, "shifted"),
         (256, half, "causal"),

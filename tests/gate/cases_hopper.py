@@ -10,9 +10,8 @@ import torch
 
 from fastformer.kernels.attention.call import Call
 from fastformer.kernels.attention.hopper import (
-    hopper_backward_key,
-    hopper_backward_query,
-    hopper_forward,
+    bind_backward,
+    bind_forward,
 )
 from fastformer.kernels.targets import target_of
 
@@ -38,20 +37,22 @@ def _call(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> 
 
 
 def _forward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
-    if hopper_forward(_call(dim, dtype, packed, rules)) is None:
+    call = _call(dim, dtype, packed, rules)
+    run = bind_forward(call, None)
+    if run is None:
         raise AssertionError("the Hopper kernels do not take this call")
+    run(*call.tensors)
 
 
 def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any]) -> None:
     call = _call(dim, dtype, packed, rules)
     rows = (HEADS, BATCH * LENGTH) if packed else (BATCH, HEADS, LENGTH)
     lse = torch.empty(rows, device="meta")
-    out, dq, dk, dv = (call.empty_like(x) for x in (call.query, call.query, call.key, call.value))
-    grad_lse = lse if rules else None
-    if not hopper_backward_query(call, out, lse, out, grad_lse, lse, dq):
-        raise AssertionError("the Hopper dQ kernel does not take this call")
-    if not hopper_backward_key(call, lse, lse, out, dk, dv):
-        raise AssertionError("the Hopper dK and dV kernel does not take this call")
+    out, grad_lse = call.empty_like(call.query), lse if rules else None
+    run = bind_backward(call, None, out.stride(), out.stride(), lse.stride() if rules else None)
+    if run is None:
+        raise AssertionError("the Hopper kernels do not take this call")
+    run(*call.tensors, out, lse, out, grad_lse)
 
 
 def cases() -> list[tuple[str, Callable[[], None]]]:

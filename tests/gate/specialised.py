@@ -38,7 +38,26 @@ def lost_specialisation(ttgir: str, ptx: str, sass: str) -> tuple[str, ...]:
     ):
         if not re.search(pattern, sass):
             found.append(f"no {name} in the machine code")
+    if lonely_arrivals(ptx):
+        found.append(f"{lonely_arrivals(ptx)} arrivals at an mbarrier without a barrier of the partition before them")
     for registers in requested.group(1).split(", "):
         if not re.search(rf"setmaxnreg\.\w+\.sync\.aligned\.u32\s+{registers};", ptx):
             found.append(f"no partition gets the {registers} registers asked for")
     return tuple(found)
+
+
+def lonely_arrivals(ptx: str) -> int:
+    """How many arrivals of one thread stand for a partition whose other warps may not be there yet.
+
+    One elected thread arrives for all four warps, so a `bar.sync` of the partition has to come first, and between the
+    two nothing may touch memory: Triton puts it there, and the kernels rely on it.
+    """
+    alone, synchronised = 0, False
+    for line in ptx.splitlines():
+        if re.search(r"\bbar(rier)?\.sync\b", line):
+            synchronised = True
+        elif re.search(r"\bmbarrier\.arrive\.(?!expect_tx)", line):
+            alone += not synchronised
+        elif re.search(r"\b(ld|st|red|atom|stmatrix|ldmatrix|wgmma|cp)\.", line) or re.match(r"\$\w+:", line):
+            synchronised = False
+    return alone

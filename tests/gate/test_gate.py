@@ -14,7 +14,7 @@ from tests.gate import planted, running  # noqa: E402
 from tests.gate.compiling import REPORT, compile_only  # noqa: E402
 from tests.gate.resources import Resources, from_amdgcn, from_ptxas, lost_matrix_units  # noqa: E402
 from tests.gate.running import TARGETS as GATED  # noqa: E402
-from tests.gate.specialised import lost_specialisation  # noqa: E402
+from tests.gate.specialised import lonely_arrivals, lost_specialisation  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,14 @@ def test_lost_specialisation_is_seen():
     for part, name in (("HGMMA", "wgmma"), ("UTMALDG", "TMA load"), ("0x1", "overlap")):
         (warning,) = lost_specialisation(ttgir, ptx, sass.replace(part, "0x0"))
         assert name in warning
+
+
+def test_an_arrival_ahead_of_its_warps_is_seen():
+    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+    expect = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 64;"
+    assert lonely_arrivals(f"bar.sync 2, 128;\nadd.s32 %r1, %r2, 8;\n{arrive}\n{expect}") == 0
+    assert lonely_arrivals(f"bar.sync 2, 128;\nst.shared.b32 [%r2], %r3;\n{arrive}") == 1
+    assert lonely_arrivals(f"bar.sync 2, 128;\n$L__BB0_3:\n{arrive}") == 1
 
 
 @pytest.mark.parametrize("share", [2, 3, 5])

@@ -96,13 +96,13 @@ class Problem:
 
 
 def simulated(call: Call, monkeypatch: Any, seed: object = 0, edit: Any = None) -> tuple[Tensor, Tensor]:
-    """`hopper_forward` with its kernel in the simulator."""
+    """Output and LSE of the forward kernel in the simulator."""
     forward = kernel("fastformer.kernels.attention.hopper_forward", "forward_kernel", edit)
     forward.seed = seed
     monkeypatch.setattr(hopper, "forward_kernel", forward)
-    results = hopper.hopper_forward(call)
-    assert results is not None, "the Hopper kernels do not take this call"
-    return results
+    run = hopper.bind_forward(call, None)
+    assert run is not None, "the Hopper kernels do not take this call"
+    return run(*call.tensors)
 
 
 def simulated_gradients(
@@ -143,7 +143,8 @@ def simulated_gradients(
     call = problem.call(*inputs)
     out, lse = out.detach().to(problem.dtype), lse.detach().float().contiguous()
     dq, dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs)
-    delta = torch.full_like(lse, math.nan)
-    assert hopper.hopper_backward_query(call, out, lse, grad_out, grad_lse, delta, dq), "not taken"
-    assert hopper.hopper_backward_key(call, lse, delta, grad_out, dk, dv), "not taken"
-    return (dq, dk, dv, delta), measured[0], measured[1]
+    layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
+    run = hopper.bind_backward(call, None, *layouts)
+    assert run is not None, "the Hopper kernels do not take this call"
+    ours = run(*call.tensors, out, lse, grad_out, grad_lse, (dq, dk, dv))
+    return ours, measured[0], measured[1]

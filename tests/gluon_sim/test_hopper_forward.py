@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces what is simulated", allow_module_level=True)
 
 from fastformer.kernels.attention import forward, hopper
+from fastformer.kernels.targets import TARGETS, assume
 from tests import gluon_sim
 from tests.gluon_sim.attention import Problem, simulated
 from tests.ops.attention_oracle import as_exact
@@ -188,9 +189,21 @@ def test_the_launcher_takes_them(monkeypatch):
     inputs = problem.draw()
     expected = simulated(problem.call(*inputs), monkeypatch)
     monkeypatch.setattr(forward, "hopper_chosen", lambda device: True)
-    found = forward.attention_forward(problem.call(*inputs))
+    with assume(TARGETS["sm_90"]):
+        found = forward.attention_forward(problem.call(*inputs))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_memory_that_does_not_begin_at_16_bytes_takes_the_portable_kernels():
+    problem = Problem()
+    query, key, value = problem.draw()
+    run = hopper.bind_forward(problem.call(query, key, value), lambda *tensors: tensors)
+    shifted = torch.empty(key.numel() + 1, dtype=key.dtype)[1:].as_strided(key.shape, key.stride())
+    assert run(query, shifted, value, *[None] * 6)[1] is shifted
+    call, row = problem.call(query, key, value), torch.empty(1, 2, problem.q_len)
+    run = hopper.bind_backward(call, lambda *tensors: tensors, query.stride(), query.stride(), None)
+    assert run(*call.tensors, query, row, shifted.new_empty(query.numel() + 1)[1:].view_as(query), None)[10] is row
 
 
 @pytest.mark.parametrize(
@@ -209,7 +222,7 @@ def test_the_launcher_takes_them(monkeypatch):
 )
 def test_what_they_do_not_take(change):
     problem = Problem()
-    assert hopper.hopper_forward(problem.call(*change(*problem.draw()))) is None
+    assert hopper.bind_forward(problem.call(*change(*problem.draw())), None) is None
 
 
 def test_rules_they_do_not_take():
@@ -218,6 +231,6 @@ def test_rules_they_do_not_take():
     for name, value in (("sinks", torch.zeros(2)), ("slopes", torch.zeros(2)), ("mask", torch.zeros(1, 2, 130, 200))):
         call = problem.call(*inputs)
         setattr(call, name, value)
-        assert hopper.hopper_forward(call) is None
+        assert hopper.bind_forward(call, None) is None
     problem.rules = {"scale": -0.1}
-    assert hopper.hopper_forward(problem.call(*inputs)) is None
+    assert hopper.bind_forward(problem.call(*inputs), None) is None

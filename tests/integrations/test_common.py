@@ -18,7 +18,7 @@ import zoo  # noqa: E402
 
 ENCODERS = ("bert", "roberta", "distilbert")
 DECODERS = ("gpt2", "llama")
-SEQ2SEQ = ("t5", "bart")
+SEQ2SEQ = ("t5", "bart", "mbart")
 TEXT = (*ENCODERS, *DECODERS, *SEQ2SEQ)
 ALL = (*TEXT, "vit")
 GENERATIVE = (*DECODERS, *SEQ2SEQ)

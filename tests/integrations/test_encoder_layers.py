@@ -53,6 +53,7 @@ DISTURBED = {
     "an adapter": _adapt,
     "a parametrization": lambda layer: weight_norm(layer.attention.output.dense),
     "another activation": lambda layer: setattr(layer.intermediate, "intermediate_act_fn", torch.nn.ReLU()),
+    "a feed-forward part in pieces": lambda layer: setattr(layer, "chunk_size_feed_forward", 2),
     "no bias": lambda layer: setattr(layer.output.dense, "bias", None),
     "one dropout off": lambda layer: layer.output.dropout.eval(),
     "another forward": lambda layer: setattr(layer.attention, "forward", layer.attention.forward),
@@ -92,7 +93,7 @@ TABLES = {
     "a hook on the embeddings": lambda e: e.register_forward_hook(lambda *a: None),
     "another class of table": lambda e: setattr(e.word_embeddings, "__class__", _Table),
     "rows renormed": lambda e: setattr(e.word_embeddings, "max_norm", 1.0),
-    "a padding position": lambda e: setattr(e.position_embeddings, "padding_idx", 0),
+    "a padding type": lambda e: setattr(e.token_type_embeddings, "padding_idx", 0),
     "one part more": lambda e: e.add_module("more", torch.nn.Linear(2, 2)),
 }
 

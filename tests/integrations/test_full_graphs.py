@@ -10,7 +10,7 @@ import fastformer as ff
 transformers = pytest.importorskip("transformers", minversion="5")
 import zoo  # noqa: E402
 
-from fastformer.integrations.transformers import PackedCollator  # noqa: E402
+from fastformer.integrations.transformers import PackedCollator, PackedSeq2SeqCollator  # noqa: E402
 
 HEADS = {
     "roberta": "ForMaskedLM",
@@ -35,16 +35,16 @@ LENGTHS = ([5, 7, 9, 4, 6], [3, 8, 4, 6, 2, 11, 3], [12, 10])
 
 
 def batch_of(family, lengths, number):
-    """A batch as its graph takes it: packed by the collator; encoder-decoders padded; images."""
+    """A batch as its graph takes it: packed by a collator; images."""
     generator = torch.Generator().manual_seed(number)
     if family == "vit":
         labels = torch.arange(len(lengths)) % 3
         return {"pixel_values": torch.randn(len(lengths), 3, 16, 16, generator=generator), "labels": labels}
     rows = [torch.randint(3, zoo.VOCAB, (n,), generator=generator).tolist() for n in lengths]
     if family in zoo.SEQ2SEQ:
-        padded = zoo.batch(lengths, width=max(lengths), seed=number)
-        targets = torch.randint(3, zoo.VOCAB, (len(lengths), max(lengths) - 2), generator=generator)
-        return {**padded, "labels": targets}
+        targets = [torch.randint(3, zoo.VOCAB, (n + 1 + n % 3,), generator=generator) for n in lengths]
+        examples = [{"input_ids": row, "labels": target} for row, target in zip(rows, targets, strict=True)]
+        return PackedSeq2SeqCollator(decoder_start_token_id=0, pad_token_id=0)(examples)
     collate = PackedCollator(first_position=2 if family == "roberta" else 0)
     per_token = HEADS[family] != "ForSequenceClassification"
     return collate([{"input_ids": row, "labels": row if per_token else len(row) % 3} for row in rows])
@@ -59,8 +59,7 @@ def test_one_graph_serves_all_batches(family):
     if family not in zoo.SEQ2SEQ:
         changes["problem_type"] = "single_label_classification"
     one = zoo.build(family, HEADS[family], **changes).train()
-    # How many tokens a padded batch holds is read on the host, which no graph can: encoder-decoders keep their padding.
-    ff.patch(one, unpad=family not in zoo.SEQ2SEQ)
+    ff.patch(one)
     other = copy.deepcopy(one)
     compiled = torch.compile(one, fullgraph=True, dynamic=True, backend="eager")
     for number, lengths in enumerate(LENGTHS):

@@ -157,13 +157,22 @@ def test_cross_attention_to_a_padded_encoder():
     zoo.assert_same_gradients(*models)
 
 
-# Trap 6: positions do not reach DistilBERT's and ModernBERT's attention; a patched base model reads them itself.
+# Trap 6: positions reach neither DistilBERT's and ModernBERT's attention nor their masks.
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("family", [f for f in zoo.ENCODERS if f not in ("roberta", "xlm_roberta")])
-def test_packed_encoder_by_positions_alone(family):
-    eager, ours = zoo.build(family, "Model").eval(), zoo.build(family, "Model").eval()
-    ff.patch(ours)
+def test_packed_encoder_by_positions_alone(family, patched, ones):
+    eager, ours = both(family)
+    eager.eval()
+    ours.eval()
+    if patched:
+        ff.patch(ours)
     row, _, rows = packed([3, 9, 1, 6])
-    assert zoo.relative(ours(**row).last_hidden_state, one_by_one(eager, rows)) < 1e-5
+    mask = {"attention_mask": torch.ones_like(row["input_ids"])} if ones else {}
+    assert zoo.relative(ours(**row, **mask).last_hidden_state, one_by_one(eager, rows)) < 1e-5
+    # Ordinary positions say nothing.
+    row["position_ids"] = torch.arange(19)[None]
+    assert zoo.relative(ours(**row, **mask).last_hidden_state, eager(**row).last_hidden_state) < 1e-5
 
 
 def test_ordinary_positions_are_not_taken_for_packing():

@@ -17,7 +17,7 @@ def build(family, implementation="eager"):
 
 
 def data(side="right", decoder_mask=True):
-    source = zoo.batch([1, 7, 20, 13], side)
+    source = zoo.batch([20] * 4) if side == "none" else zoo.batch([1, 7, 20, 13], side)
     target = zoo.batch([9, 3, 1, 12], "right", width=12, seed=3)
     source["labels"] = torch.where(target["attention_mask"].bool(), target["input_ids"], -100)
     if decoder_mask:
@@ -26,7 +26,7 @@ def data(side="right", decoder_mask=True):
 
 
 @pytest.mark.parametrize("decoder_mask", [False, True])
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@pytest.mark.parametrize("side", ["right", "left", "holes", "none"])
 @pytest.mark.parametrize("unpad", ["auto", False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_equal_stock(family, unpad, side, decoder_mask):

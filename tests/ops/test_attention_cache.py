@@ -168,7 +168,7 @@ def check(number, device, interpreting):
         raise AssertionError(f"{error}\n{case}") from None
 
 
-@pytest.mark.parametrize("number", range(60))
+@pytest.mark.parametrize("number", [*range(60), 1019])  # the last: an error of a product summed in one chain
 def test_fuzz(number, device, interpreting, poisoned):
     check(number, device, interpreting)
 
@@ -257,13 +257,14 @@ def test_the_kernels_take_the_call(device, interpreting, monkeypatch):
     if not interpreting and device.type != "cuda":
         pytest.skip("the kernels do not run here")
     monkeypatch.setattr(attention_kernel, "say_once", lambda reason: pytest.fail(reason))
-    query, k_cache, v_cache, lengths = call(device, dim=80)
-    new, angles = torch.ones(2, 1, 2, 80, device=device), torch.ones(201, 20, device=device)
-    lengths -= 1
-    attention_kv_cache(
-        query, k_cache, v_cache, lengths, None, new, new, cos=angles, sin=angles, interleaved=True, window=(9, 9),
-        softcap=3.0, alibi_slopes=torch.ones(4, device=device), sinks=torch.ones(4, device=device), scale=0.2,
-    )  # fmt: skip
+    for queries, dim in ((1, 80), (3, 512)):
+        query, k_cache, v_cache, lengths = call(device, dim=dim, q_len=queries)
+        new, angles = torch.ones(2, queries, 2, dim, device=device), torch.ones(201, 20, device=device)
+        lengths -= queries
+        attention_kv_cache(
+            query, k_cache, v_cache, lengths, None, new, new, cos=angles, sin=angles, interleaved=True, window=(9, 9),
+            softcap=3.0, alibi_slopes=torch.ones(4, device=device), sinks=torch.ones(4, device=device), scale=0.2,
+        )  # fmt: skip
 
 
 def test_names_what_is_wrong(device):

@@ -16,6 +16,9 @@ GPU = torch.device("cuda", 0)
 def triton_version(monkeypatch):
     monkeypatch.setattr(targets.triton, "__version__", "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    targets._gpu_and_triton.cache_clear()
+    yield
+    targets._gpu_and_triton.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checking import compare, fenced
 
 from fastformer.ops import embedding
-from fastformer.ops.embedding import embedding_layer_norm
+from fastformer.ops.embedding import embedding_layer_norm, number_tokens
 
 
 def random_case(number, device, dtypes):
@@ -29,6 +29,7 @@ def random_case(number, device, dtypes):
     if pick.random() < 0.7:
         tensors["position"] = fenced((40, width), dtype, generator, device)
         options["position_ids"] = ids(40) if pick.random() < 0.5 else None
+        options["position_padding_idx"] = pick.choice([None, 0, -39])
     if pick.random() < 0.7:
         tensors["token_type"] = fenced((2, width), dtype, generator, device)
         options["token_type_ids"] = ids(2) if pick.random() < 0.5 else None
@@ -73,6 +74,38 @@ def test_padding_row_gets_no_gradient(device):
     assert (word.grad[0] != 0).any()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_padding_position_gets_no_gradient(device, given):
+    torch.manual_seed(0)
+    ids, word = torch.tensor([[0, 1, 4]], device=device), torch.randn(5, 16, device=device)
+    position = torch.randn(5, 16, device=device, requires_grad=True)
+    places = torch.tensor([[2, 3, 1]], device=device) if given else None
+    out = embedding_layer_norm(ids, word, position, position_ids=places, position_padding_idx=-4)
+    out.sin().sum().backward()
+    touched = (position.grad != 0).any(1).tolist()
+    assert touched == ([False, False, True, True, False] if given else [True, False, True, False, False])
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(9, torch.int32), (1030, torch.int64)])
+def test_numbered_tokens(device, length, dtype):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 4, (3, length), device=device, dtype=dtype)
+    ids[1] = 1
+    expected = []
+    for row in ids.tolist():
+        count, places = 1, []
+        for token in row:
+            count += token != 1
+            places.append(count if token != 1 else 1)
+        expected.append(places)
+    found = number_tokens(ids, 1)
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+    assert number_tokens(ids[:, :0], 1).shape == (3, 0)
+    # Not contiguous.
+    assert torch.equal(number_tokens(ids[:, 1::2], 1), number_tokens(ids[:, 1::2].contiguous(), 1))
+
+
 def test_id_beyond_the_table_is_never_a_number(device, interpreting):
     word, ids = torch.randn(5, 16, device=device), torch.tensor([1, 5], device=device)
     if device.type == "cpu" and not interpreting:
@@ -92,6 +125,8 @@ def test_bad_arguments(device):
         embedding_layer_norm(ids, word, word[:, :4])
     with pytest.raises(ValueError, match="position must have a row for each of 6 positions, got 5"):
         embedding_layer_norm(ids, word, word)
+    with pytest.raises(ValueError, match="position_padding_idx must be a row of a table of 6, got 6"):
+        embedding_layer_norm(ids, word, torch.randn(6, 8, device=device), position_padding_idx=6)
     with pytest.raises(ValueError, match=r"token_type_ids must have shape \(2, 6\)"):
         embedding_layer_norm(ids, word, token_type=word, token_type_ids=ids[:1])
     with pytest.raises(TypeError, match="token_type must be one of float32"):
@@ -105,7 +140,7 @@ def test_full_route(device, interpreting):
     word, place = (torch.randn(5, 8, device=device, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(8, device=device, requires_grad=True) for _ in range(2))
     seed = torch.tensor([3], device=device)
-    args = (ids, None, None, word, place, None, w, b, seed, 0.2, 1e-5, -1, torch.float32, True)
+    args = (ids, None, None, word, place, None, w, b, seed, 0.2, 1e-5, -1, -1, torch.float32, True)
     torch.library.opcheck(embedding._embed_op.op, args)
 
 

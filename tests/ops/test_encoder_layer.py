@@ -1,6 +1,7 @@
 """A whole encoder layer as one operation, against a layer written out in PyTorch and against its own separate parts."""
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 
@@ -126,7 +127,8 @@ def test_equals_the_layer_written_out(device, packed, dtype, norm_bias, lower):
 
 @pytest.mark.parametrize("lower", [None, torch.float16])
 def test_large_activations_are_made_again(device, monkeypatch, lower):
-    """The same gradients, bit for bit, with fewer tensors kept: GELU's output and, if it was rounded, the input."""
+    """The same gradients, bit for bit and under dropout, with less kept: no output of GELU, no sum after attention, nor
+    its norm and statistics, and, if it was rounded, no input."""
     dtype = torch.float32 if lower else torch.float16
     hidden, tokens = _batch(True, dtype, device)
     parameters = _parameters(dtype, device)
@@ -134,14 +136,15 @@ def test_large_activations_are_made_again(device, monkeypatch, lower):
     for most in (1 << 23, 0):
         monkeypatch.setattr("fastformer.ops.encoder_passes.MOST_KEPT", most)
         count = []
+        torch.manual_seed(3)
         with (
             torch.autograd.graph.saved_tensors_hooks(lambda t, into=count: into.append(t.shape) or t, lambda t: t),
             _products_in(lower, device),
         ):
-            out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+            out = encoder_layer(hidden, parameters, dataclasses.replace(PLAIN, dropout=0.3), tokens, True)
         kept.append(len(count))
         results.append(_gradients(out, (hidden, *parameters), weight))
-    assert kept[0] - kept[1] == (1 if lower is None else 2)
+    assert kept[0] - kept[1] == (4 if lower is None else 5)
     assert all(map(torch.equal, *results))
 
 
@@ -174,6 +177,23 @@ def test_backward_does_not_hang_on_autocast_around_it(device, lower):
             results.append(_gradients(out, (hidden, *parameters), torch.ones_like(out)))
             assert torch.is_autocast_enabled(device.type) == (around is not None)
     assert all(map(torch.equal, *results))
+
+
+def test_autocast_leaves_the_residual_stream_alone(device):
+    """Branches of zeros add nothing: what is left, both norms and their gradients, is as exact as without autocast."""
+    hidden, tokens = _batch(False, torch.float32, device)
+    parameters = _parameters(torch.float32, device)
+    with torch.no_grad():
+        for name in ("out", "out_bias", "down", "down_bias"):
+            getattr(parameters, name).zero_()
+    leaves, results = (hidden, parameters.norm, parameters.last_norm_bias), []
+    weight = torch.randn_like(hidden)
+    for lower in (None, torch.float16):
+        with _products_in(lower, device):
+            out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+        results.append([out, *_gradients(out, leaves, weight)])
+    for plain, under in zip(*results, strict=True):
+        torch.testing.assert_close(under, plain, rtol=1e-6, atol=1e-6)
 
 
 def test_the_innermost_autocast_counts(device):

@@ -163,6 +163,28 @@ def test_linear_scales_with_the_gradient_sent(device, monkeypatch):
         torch.testing.assert_close(3 * a, b)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_without_rows(reduction, device):
+    x, w = (
+        torch.randn(2, 0, 8, device=device, requires_grad=True),
+        torch.randn(20, 8, device=device, requires_grad=True),
+    )
+    loss = linear_cross_entropy(x, w, torch.zeros(2, 0, dtype=torch.int64, device=device), reduction=reduction)
+    assert loss.shape == ((2, 0) if reduction == "none" else ())
+    assert bool(loss.isnan().all()) == (reduction != "sum")
+    loss.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not w.grad.any()
+
+
+def test_without_classes(device):
+    none = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"logits must have at least one class, got shape \(3, 0\)"):
+        cross_entropy(torch.randn(3, 0, device=device), none)
+    with pytest.raises(ValueError, match=r"weight must have at least one row, a class, got shape \(0, 8\)"):
+        linear_cross_entropy(torch.randn(3, 8, device=device), torch.randn(0, 8, device=device), none)
+
+
 def test_linear_frozen_head(device):
     x, w = torch.randn(9, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)
     target = torch.randint(0, 20, (9,), device=device)
@@ -238,7 +260,11 @@ def test_bad_arguments(device):
         cross_entropy(x, t, label_smoothing=2.0)
     with pytest.raises(ValueError, match="softcap must be positive"):
         cross_entropy(x, t, softcap=0.0)
-    with pytest.raises(ValueError, match="z_loss must not be negative"):
+    with pytest.raises(TypeError, match="softcap must be a number, got str"):
+        cross_entropy(x, t, softcap="30")
+    with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
+        cross_entropy(x, t, ignore_index=0.5)
+    with pytest.raises(ValueError, match="z_loss must be at least 0, got -1"):
         cross_entropy(x, t, z_loss=-1.0)
     with pytest.raises(ValueError, match=r"weight must have shape \(8\)"):
         cross_entropy(x, t, torch.ones(3, device=device))

@@ -227,6 +227,12 @@ def test_bad_arguments(device):
         add_layer_norm(x, x[:2])
     with pytest.raises(ValueError, match=r"dropout_p must be between 0 and 1, got 1\.5"):
         add_layer_norm(x, x, dropout_p=1.5)
+    with pytest.raises(TypeError, match="dropout_p must be a number, got str"):
+        add_layer_norm(x, x, dropout_p="0.1")
+    with pytest.raises(TypeError, match="eps must be a number, got str"):
+        layer_norm(x, eps="1e-5")
+    with pytest.raises(TypeError, match="offset must be a number, got str"):
+        rms_norm(x, offset="1")
     with pytest.raises(TypeError, match="dropout_seed must be one of int64"):
         add_layer_norm(x, x, dropout_p=0.1, dropout_seed=torch.zeros(1, device=device))
     with pytest.raises(ValueError, match=r"row_scale must have shape \(3\)"):

@@ -72,6 +72,21 @@ def test_first_token(device):
     assert x.grad[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 
 
+def test_first_token_of_an_empty_sequence_is_zero(device):
+    x = torch.full((3, 2), float("nan"), device=device)
+    x[:2] = 1.0
+    x.requires_grad_()
+    y = pool_packed(x, torch.tensor([0, 0, 2, 2, 3, 3], device=device), "cls")
+    assert torch.equal(y.isnan()[:, 0].cpu(), torch.tensor([False, False, False, True, False]))
+    assert y[[0, 1, 2, 4], 0].tolist() == [0.0, 1.0, 0.0, 0.0]
+    y.sum().backward()
+    assert x.grad[:, 0].tolist() == [1.0, 0.0, 1.0]
+    none = x.detach()[:0].requires_grad_()
+    y = pool_packed(none, torch.tensor([0, 0], device=device), "cls")
+    y.sum().backward()
+    assert y.tolist() == [[0.0, 0.0]]
+
+
 def test_no_sequences(device):
     assert pool_packed(torch.randn(3, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)).shape == (
         0,

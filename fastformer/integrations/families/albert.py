@@ -18,6 +18,7 @@ from fastformer.integrations.families.encoder import (
     fusable,
     why_not_absolute,
 )
+from fastformer.integrations.families.encoder_layer import EncoderLayer, LayerTable
 from fastformer.integrations.families.rule import Rule
 from fastformer.integrations.plan import Plan
 from fastformer.nn.counters import count_fallback, count_fused
@@ -52,7 +53,7 @@ class AlbertAttention(SelfAttention):
         return me.LayerNorm(hidden_states + me.output_dropout(branch))
 
 
-class AlbertLayer:
+class AlbertBlock:
     """Forward of AlbertLayer: the second residual addition runs with its LayerNorm."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +65,22 @@ class AlbertLayer:
         attended = me.attention(hidden_states, attention_mask)[0]
         out = add_norm(me.ff_chunk(attended), attended, me.full_layer_layer_norm)
         return (out,) if batch.returns_tuples() else out
+
+
+class AlbertLayer(EncoderLayer, AlbertBlock):
+    _table = LayerTable(
+        attention="attention",
+        out="attention.dense",
+        norm="attention.LayerNorm",
+        dropout="attention.output_dropout",
+        up="ffn",
+        activation="activation",
+        down="ffn_output",
+        last_norm="full_layer_layer_norm",
+        last_dropout=None,
+        inside=("attention",),
+        counted=("AlbertLayer", "AlbertAttention"),
+    )
 
 
 _PATH = "transformers.models.albert.modeling_albert"
@@ -79,5 +96,7 @@ RULES = {
         needs=_ATTENTION,
     ),
     **dict.fromkeys(_ATTENTION, Rule(AlbertAttention, "fused attention and LayerNorm", why_not_absolute)),
-    f"{_PATH}.AlbertLayer": Rule(AlbertLayer, "fused residual + LayerNorm", needs=_ATTENTION),
+    f"{_PATH}.AlbertLayer": Rule(
+        AlbertLayer, "layer as one operation where its parts are plain, else its norms fused", needs=_ATTENTION
+    ),
 }

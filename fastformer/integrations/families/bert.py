@@ -17,6 +17,7 @@ from fastformer.integrations.families.encoder import (
 )
 from fastformer.integrations.families.encoder_layer import EncoderLayer, LayerTable
 from fastformer.integrations.families.rule import Rule
+from fastformer.ops.embedding import number_tokens
 
 
 def _layer(family: str) -> LayerTable:
@@ -68,8 +69,7 @@ class RobertaPacked(PackedEncoder):
             assert embeds is not None
             places = torch.arange(embeds.shape[1], device=embeds.device) + padding + 1
             return places.expand(embeds.shape[:2])
-        real = (ids != padding).long()
-        return real.cumsum(dim=1) * real + padding
+        return number_tokens(ids, padding)
 
     def _first_position(self) -> int:
         return self.embeddings.padding_idx + 1  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from fastformer.integrations.families.encoder import (
     add_norm,
     fusable,
 )
+from fastformer.integrations.families.encoder_layer import EncoderLayer, LayerTable
 from fastformer.integrations.families.rule import Rule
 from fastformer.nn.counters import count_fallback, count_fused
 
@@ -55,6 +56,22 @@ class DistilBertBlock:
         return add_norm(ffn.lin2(ffn.activation(ffn.lin1(attended))), attended, norm2, ffn.dropout)
 
 
+class DistilBertLayer(EncoderLayer, DistilBertBlock):
+    _table = LayerTable(
+        attention="attention",
+        out="attention.out_lin",
+        norm="sa_layer_norm",
+        dropout=None,
+        up="ffn.lin1",
+        activation="ffn.activation",
+        down="ffn.lin2",
+        last_norm="output_layer_norm",
+        last_dropout="ffn.dropout",
+        inside=("attention", "ffn"),
+        counted=("TransformerBlock", "DistilBertSelfAttention"),
+    )
+
+
 _PATH = "transformers.models.distilbert.modeling_distilbert"
 _ATTENTION = f"{_PATH}.DistilBertSelfAttention"
 
@@ -64,5 +81,7 @@ RULES = {
         DistilBertPacked, "encoder without padding", removes_padding=True, owns_norms=True, needs=(_ATTENTION,)
     ),
     _ATTENTION: Rule(DistilBertAttention, "fused attention"),
-    f"{_PATH}.TransformerBlock": Rule(DistilBertBlock, "fused dropout + residual + LayerNorm", needs=(_ATTENTION,)),
+    f"{_PATH}.TransformerBlock": Rule(
+        DistilBertLayer, "layer as one operation where its parts are plain, else its norms fused", needs=(_ATTENTION,)
+    ),
 }

@@ -1,4 +1,4 @@
-"""Embeddings of BERT's shape (word + position + token type, LayerNorm, dropout) in one pass."""
+"""Embeddings of BERT's shape (word + position and maybe token type, LayerNorm, dropout) in one pass."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ def embed_at_once(embeddings: Any, inputs: dict[str, Tensor | None]) -> Tensor |
     if backend_for(ids.device) == "torch":
         return None
     parts = dict(embeddings.named_children())
-    if batch.is_changed(embeddings) or set(parts) != {*_TABLES, "LayerNorm", "dropout"}:
+    if batch.is_changed(embeddings) or set(parts) | {_TABLES[-1]} != {*_TABLES, "LayerNorm", "dropout"}:
         return None
     norm, dropout = parts["LayerNorm"], parts["dropout"]
-    tables = [parts[name] for name in _TABLES]
-    if not all(map(_is_plain, tables)) or not is_plain_norm(norm) or not is_plain_dropout(dropout):
+    tables: list[Any] = [parts.get(name) for name in _TABLES]
+    if (
+        not all(table is None or _is_plain(table) for table in tables)
+        or not is_plain_norm(norm)
+        or not is_plain_dropout(dropout)
+    ):
         return None
-    # The operator leaves out the gradient of a row of words only.
-    if any(table.padding_idx is not None for table in tables[1:]):
+    word, position, token_type = tables
+    # The operator leaves out the gradient of a row of words and of positions only.
+    if token_type is not None and token_type.padding_idx is not None:
         return None
     count_fused("Embeddings")
-    word, position, token_type = tables
     return ops.embedding_layer_norm(
         ids,
         word.weight,
         position.weight,
-        token_type.weight,
+        None if token_type is None else token_type.weight,
         norm.weight,
         norm.bias,
         norm.eps,
@@ -50,6 +54,7 @@ def embed_at_once(embeddings: Any, inputs: dict[str, Tensor | None]) -> Tensor |
         position_ids=_like(inputs.get("position_ids"), ids),
         token_type_ids=_like(inputs.get("token_type_ids"), ids),
         padding_idx=word.padding_idx,
+        position_padding_idx=position.padding_idx,
     )
 
 

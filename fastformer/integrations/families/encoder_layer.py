@@ -36,7 +36,7 @@ class LayerTable:
     Attributes:
         attention: module with the projections, whose table names them.
         out, norm, dropout: what follows attention; dropout None: none.
-        up, activation, down, last_norm, last_dropout: the feed-forward part.
+        up, activation, down, last_norm, last_dropout: the feed-forward part; last_dropout None: none.
         inside: modules that a call of the whole layer goes around.
         counted: names in the counters that the parts have.
     """
@@ -49,7 +49,7 @@ class LayerTable:
     activation: str
     down: str
     last_norm: str
-    last_dropout: str
+    last_dropout: str | None
     inside: tuple[str, ...]
     counted: tuple[str, ...]
 
@@ -82,14 +82,16 @@ class EncoderLayer:
         table = self._table
         attention: Any = attrgetter(table.attention)(self)
         norm, last_norm = attrgetter(table.norm, table.last_norm)(self)
-        dropout = 0.0 if table.dropout is None else attrgetter(table.dropout)(self).p
+        dropouts = [None if name is None else attrgetter(name)(self) for name in (table.dropout, table.last_dropout)]
+        p, last_p = (0.0 if dropout is None else dropout.p for dropout in dropouts)
         settings = LayerSettings(
             getattr(attention, attention._table.heads),
             getattr(attention, attention._table.dropout).p,
-            dropout,
-            attrgetter(table.last_dropout)(self).p,
+            p,
+            last_p,
             norm.eps,
             last_norm.eps,
+            _gelu(attrgetter(table.activation)(self)),
         )
         tokens = LayerTokens(mask=plan.mask)
         if plan.packing is not None:
@@ -104,21 +106,24 @@ class EncoderLayer:
             return None
         if is_recording() or not isinstance(attention, SelfAttention):
             return None
-        if any(batch.is_changed(part) for part in attrgetter(*table.inside)(self)):
+        parts = [attrgetter(name)(self) for name in table.inside]
+        if any(map(batch.is_changed, parts)) or any(map(_is_chunked, (self, *parts))):
             return None
         names = attention._table.projections
         out, up, down = linears = attrgetter(table.out, table.up, table.down)(self)
         if not all(is_plain_linear(linear) and linear.bias is not None for linear in linears):
             return None
-        norm, last_norm, last_dropout = attrgetter(table.norm, table.last_norm, table.last_dropout)(self)
-        dropout = None if table.dropout is None else attrgetter(table.dropout)(self)
+        norm, last_norm = attrgetter(table.norm, table.last_norm)(self)
+        dropout, last_dropout = (
+            None if name is None else attrgetter(name)(self) for name in (table.dropout, table.last_dropout)
+        )
         if not fusable(norm, dropout) or not fusable(last_norm, last_dropout):
             return None
         # One training flag speaks for all three dropouts.
         dropouts = [d for d in (getattr(attention, attention._table.dropout), dropout, last_dropout) if d is not None]
         if not all(is_plain_dropout(d) and d.training == self.training for d in dropouts):  # type: ignore[attr-defined]
             return None
-        if norm.weight is None or last_norm.weight is None or not _is_gelu(attrgetter(table.activation)(self)):
+        if norm.weight is None or last_norm.weight is None or not _gelu(attrgetter(table.activation)(self)):
             return None
         if not lie_side_by_side(attention, names, hidden):
             return None
@@ -132,12 +137,24 @@ class EncoderLayer:
         return None if why_not(hidden, parameters) else parameters
 
 
-def _is_gelu(activation: Any) -> bool:
-    """Whether a module or function computes GELU with the error function."""
+def _is_chunked(part: Any) -> bool:
+    """Whether a module runs its feed-forward part over pieces of the sequence, which saves memory."""
+    return bool(getattr(part, "chunk_size_feed_forward", 0))
+
+
+# Classes of transformers' activations that compute GELU by tanh, each in its own way.
+_TANH = ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation")
+
+
+def _gelu(activation: Any) -> str:
+    """ "gelu" or "gelu_tanh", if a module or function computes it, else ""."""
     if activation is F.gelu:
-        return True
+        return "gelu"
     if not isinstance(activation, torch.nn.Module) or has_hooks(activation):
-        return False
+        return ""
+    name = type(activation).__name__
     if type(activation) is torch.nn.GELU:
-        return activation.approximate == "none"
-    return type(activation).__name__ == "GELUActivation" and getattr(activation, "act", None) is F.gelu
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if name == "GELUActivation" and getattr(activation, "act", None) is F.gelu:
+        return "gelu"
+    return "gelu_tanh" if name in _TANH and type(activation).__module__ == "transformers.activations" else ""

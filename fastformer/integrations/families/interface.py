@@ -70,7 +70,7 @@ class PackedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         label = type(self).__name__
-        call = batch.named_arguments(self, args, kwargs)
+        call = self._own_call(batch.named_arguments(self, args, kwargs))
         # The masks that carry a plan are no tensors that a graph could hold.
         reason = "export" if torch.compiler.is_exporting() else self._why_stock(call)
         if reason:
@@ -93,8 +93,15 @@ class PackedModel:
         return_dict = call.pop("return_dict", None)
         out = self._run(call, plan)
         if pads:
-            _pad_back(out, plan)
+            self._pad_back(out, plan)
         return batch.answer(self, out, return_dict)
+
+    def _own_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The call, in which lengths are this model's."""
+        return call
+
+    def _pad_back(self, out: Any, plan: Plan) -> None:
+        _pad_back(out, plan)
 
     def _run(self, call: dict[str, Any], plan: Plan) -> Any:
         return super().forward(**call, return_dict=True)  # type: ignore[misc]

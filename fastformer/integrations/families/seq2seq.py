@@ -2,6 +2,9 @@
 
 Both sides run without padding: the encoder always, the decoder in training and where it is given a mask.
 Cross-attention sees the encoder's real tokens only, whether the decoder is packed or not.
+
+A batch that comes packed (`PackedSeq2SeqCollator`) gives the decoder's lengths as those of queries and the encoder's as
+those of keys, which is what they are in cross-attention. Both sides get all of them, and each takes its own.
 """
 
 from __future__ import annotations
@@ -26,15 +29,46 @@ from fastformer.ops.packing import Packing
 _PLACES: Scoped[Tensor | None] = Scoped("fastformer_places", None)
 
 
+def _encoders_call(call: dict[str, Any]) -> dict[str, Any]:
+    if call.get("cu_seq_lens_q") is None:
+        return call
+    if call.get("cu_seq_lens_k") is None:
+        raise ValueError("a packed batch of an encoder-decoder needs cu_seq_lens_k, the encoder's lengths; got none")
+    own = {"cu_seq_lens_q": call["cu_seq_lens_k"], "max_length_q": call.get("max_length_k")}
+    return {**{name: value for name, value in call.items() if name not in batch.LENGTHS}, **own}
+
+
+def _note_rows(out: Any, plan: Plan) -> None:
+    """For the decoder, which is told lengths but not, on the host, how many tokens there are."""
+    out["last_hidden_state"].fastformer_rows = plan.packing
+
+
 class PackedEncoderSide(PackedModel):
+    def _own_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        return _encoders_call(call)
+
+    def _pad_back(self, out: Any, plan: Plan) -> None:
+        super()._pad_back(out, plan)
+        _note_rows(out, plan)
+
     def _run(self, call: dict[str, Any], plan: Plan) -> Any:
         return _placed(super()._run, call, plan)
 
 
 class PackedDecoderSide(PackedDecoder):
+    def _own_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        if call.get("cu_seq_lens_k") is None or call.get("encoder_hidden_states") is None:
+            return call
+        if call.get("encoder_attention_mask") is not None:
+            raise ValueError("got both cu_seq_lens_k and attention_mask; pass only cu_seq_lens_k for a packed batch")
+        rows = getattr(call["encoder_hidden_states"], "fastformer_rows", None)
+        if rows is None:
+            raise ValueError("a packed batch needs encoder_hidden_states as the patched encoder gave them for it")
+        return {**call, "encoder_attention_mask": rows}
+
     def _why_stock(self, call: dict[str, Any]) -> str:
         mask = call.get("encoder_attention_mask")
-        if mask is not None and mask.ndim != 2:
+        if isinstance(mask, Tensor) and mask.ndim != 2:
             return f"encoder_attention_mask with {mask.ndim} dimensions"
         own = {k: v for k, v in call.items() if k not in ("encoder_hidden_states", "encoder_attention_mask")}
         return super()._why_stock(own)
@@ -43,10 +77,13 @@ class PackedDecoderSide(PackedDecoder):
         mask, states = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
         keys: Packing | None = None
         if states is not None:
-            if self.fastformer_unpad is not False:
+            if isinstance(mask, Packing):
+                keys = mask
+            elif self.fastformer_unpad is not False:
                 keys = (
                     Packing.whole(states.shape[0], states.shape[1], states.device) if mask is None else packing_of(mask)
                 )
+            if keys is not None:
                 call["encoder_hidden_states"] = keys.pack(states)[None]
             key_mask = None if mask is None or keys is not None else mask != 0
             cross = Plan(plan.packing, key_mask, causal=False, keys=keys)
@@ -56,6 +93,14 @@ class PackedDecoderSide(PackedDecoder):
 
 class PackedT5(PackedDecoderSide):
     """T5Stack, which is both sides."""
+
+    def _own_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        return super()._own_call(call) if self.is_decoder else _encoders_call(call)  # type: ignore[attr-defined]
+
+    def _pad_back(self, out: Any, plan: Plan) -> None:
+        super()._pad_back(out, plan)
+        if not self.is_decoder:  # type: ignore[attr-defined]
+            _note_rows(out, plan)
 
     def _why_stock(self, call: dict[str, Any]) -> str:
         if self.is_decoder:  # type: ignore[attr-defined]

@@ -68,7 +68,8 @@ def attention_kv_cache(
     """
 
     given = (query, k_cache, v_cache, cache_seqlens, block_table, k, v, cos, sin, alibi_slopes, sinks)
-    mark, known = _kinds.find((is_causal, scale, interleaved, window, softcap), *given)
+    numbers = (is_causal, scale, interleaved, window, softcap)
+    mark, known = _kinds.find(numbers, *given)
     if known is not None:
         _check_lengths(k_cache, cache_seqlens, block_table, k)
         found = known(*given)
@@ -80,7 +81,7 @@ def attention_kv_cache(
         check_extras(query, query.shape[2], query.shape[0], alibi_slopes, sinks, None)
         return read_options(query.shape[3], 0.0, is_causal, scale, "bottom-right", window, softcap)
 
-    options = once(check, mark)
+    options = once(check, given, ("cache", *numbers))
     _check_lengths(k_cache, cache_seqlens, block_table, k)
     extras = (alibi_slopes, sinks)
     if backend_for(query.device) == "triton":
@@ -111,8 +112,6 @@ def _why_not(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     widest = max(query.shape[-1], v_cache.shape[-1])
     if widest > _MAX_HEAD_DIM or min(query.shape[-1], v_cache.shape[-1]) < 1:
         return f"a head dimension of {widest}"
-    if query.shape[1] > 1 and widest > (128 if query.dtype == torch.float32 else 256):
-        return f"a head dimension of {widest} in {query.dtype} with several new tokens"
     if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
         return "a cache whose last stride is not 1"
     return None

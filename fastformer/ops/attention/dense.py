@@ -101,7 +101,7 @@ def scaled_dot_product_attention(
         check_mask(attn_mask, query, (batch, heads, q_len, key.shape[2]))
         return read_options(head_dim, dropout_p, is_causal, scale, causal_alignment, window, softcap)
 
-    options = once(check, mark)
+    options = once(check, given, ("dense", *numbers))
     lower = autocast_dtype(query.device)
     if lower not in (None, query.dtype) and query.dtype != torch.float64:
         query, key, value, mark = query.to(lower), key.to(lower), value.to(lower), None

@@ -120,12 +120,10 @@ def _by_token(found: Any, cu_q: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
 
 def _kind_of(tensors: tuple[Any, ...], numbers: tuple[Any, ...], return_lse: bool) -> Kind | None:
     """The kind of a call whose tensors the kernels read in place; None for those without."""
-    query, _, _, cu_q, cu_k, *_ = tensors
+    _, _, _, cu_q, cu_k, *_ = tensors
     # Which rows may be empty depends on whether boundaries are the same memory; different tensors may be, once.
     shared = cu_q is not None and cu_q is not cu_k and cu_q.data_ptr() == cu_k.data_ptr()
     if shared or forward_ad._current_level >= 0 or not is_plain(tensors):
-        return None
-    if kernels("targets").hopper_chosen(query.device):
         return None
     launch = kernels("attention.forward").bind_forward(make_call(tensors, numbers))
     return Kind(attention, launch, tensors, numbers, None if return_lse else 1)
@@ -306,7 +304,7 @@ def _bind(
     *tensors, out, _ = saved
     grad_out, grad_lse = grads if len(grads) == 2 else (*grads, None)
     extras = tensors[7] is not None or needs[5] or needs[6]  # sinks, or gradients of mask or slopes
-    if extras or grad_out is None or grad_out.stride(-1) != 1 or kernels("targets").hopper_chosen(out.device):
+    if extras or grad_out is None or grad_out.stride(-1) != 1:
         return None
     run = kernels("attention.backward").bind_backward(make_call(tuple(tensors), numbers), out, grad_out, grad_lse)
 

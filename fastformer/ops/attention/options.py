@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from fastformer.ops.operator import KEPT
 from fastformer.ops.validate import check_probability, check_tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -66,20 +66,34 @@ class Options:
 _passed: dict[Any, Options] = {}
 
 
-def once(check: Callable[[], Options], mark: Any) -> Options:
-    """check(), or what it said of an earlier call of the same kind: checks cost more than a launch.
+def once(check: Callable[[], Options], tensors: tuple[object, ...], numbers: tuple[Any, ...]) -> Options:
+    """check(), or what it said of an earlier call of the same kind, for the calls that have no `Kind`.
 
     Args:
         check: looks at nothing but the tensors' shapes, dtypes and devices, and the numbers.
-        mark: of the call, as `Kinds.find` gives it; None: checked each time.
+        tensors: the call's tensor arguments; anything but plain tensors and None is checked each time.
+        numbers: its other arguments, with what tells apart different checks.
     """
-    found = None if mark is None else _passed.get(mark)
+    if torch.compiler.is_compiling():
+        return check()
+    kind: list[Any] = [numbers]
+    for x in tensors:
+        if x is None:
+            kind.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:
+            kind.append((x.shape, x.dtype, x.device))
+        else:
+            return check()
+    try:
+        key = tuple(kind)
+        found = _passed.get(key)
+    except TypeError:  # a list for the window
+        return check()
     if found is None:
         found = check()
-        if mark is not None:
-            if len(_passed) >= KEPT:
-                _passed.clear()
-            _passed[mark] = found
+        if len(_passed) >= 256:
+            _passed.clear()
+        _passed[key] = found
     return found
 
 

@@ -88,7 +88,7 @@ def attention_varlen(
         check_mask(attn_mask, query, (batch, query.shape[1], max_seqlen_q, max_seqlen_k))
         return options
 
-    options = once(check, mark)
+    options = once(check, given, ("packed", *numbers))
     check_boundary_values(query, key, *bounds, *longest)
     lower = autocast_dtype(query.device)
     if lower not in (None, query.dtype) and query.dtype != torch.float64:
