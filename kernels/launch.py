@@ -95,7 +95,7 @@ class Prepared:
         self.kernel, self.grid, self.others, self.options, self.views = kernel, grid, others, options, views
         self.found: dict[Any, Any] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         self._launch(tensors)
 
     def _launch(self, tensors: tuple[Tensor | None, ...]) -> Any:
@@ -126,9 +126,9 @@ class Bound(Prepared):
         views: tuple[Any, ...] = (),
     ) -> None:
         super().__init__(kernel, (*grid, 1, 1)[:3], others, options, views)
-        self.launch: Callable[..., None] = self
+        self.launch: Callable[..., Any] = self
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         first = next(t for t in tensors if t is not None)
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.get_device()):

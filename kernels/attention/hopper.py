@@ -5,7 +5,6 @@ the kernels take it, its tensors as TMA sees them, the numbers. Descriptors are 
 same ones again. Their 128-byte form is encoded by Triton's own launcher at every launch: it keeps none, and takes none.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,8 +45,6 @@ backward_key_kernel = launcher(by_key.backward_key_kernel)
 
 
 Layout = tuple[int, ...]  # strides of a tensor
-Forward = Callable[..., tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class _Address:
@@ -87,6 +84,18 @@ class _View:
         made = object.__new__(TensorDescriptor)
         vars(made).update(self.fields, base=base)
         return made
+
+
+class Aligned(Bound):
+    """A launch that answers True, and launches nothing, where a tensor that it views does not begin at 16 bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors: Tensor | None) -> bool | None:
+        if any(t is not None and t.data_ptr() & 15 for t in tensors[: len(self.views)]):
+            return True
+        super().__call__(*tensors)
+        return None
 
 
 class _Plane:
@@ -166,7 +175,7 @@ def _order(call: Call) -> tuple[int, int, int]:
     return tiles, planes, min(section, planes)
 
 
-def bind_forward(call: Call, portable: Forward | None) -> Forward | None:
+def bind_forward(call: Call, portable: Any) -> Any:
     """`attention_forward` by these kernels, as a function of `Call.tensors`; `portable` for calls that they do not
     take: masks, ALiBi, sinks, dropout, other dtypes or head dimensions, memory that TMA cannot address.
 
@@ -190,24 +199,23 @@ def bind_forward(call: Call, portable: Forward | None) -> Forward | None:
     )  # fmt: skip
     constants = {**_constants(call), "BLOCK_N": block_n, "STAGES": stages}
     views = (q.view(BLOCK), k.view(block_n), v.view(block_n))
-    bound = Bound(forward_kernel, (tiles * count,), numbers, constants, views)
+    bound = Aligned(forward_kernel, (tiles * count,), numbers, constants, views)
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 and portable is not None:
-            return portable(query, key, value, cu_q, cu_k, *others)
         out = torch.empty_strided(shape, laid, dtype=dtype, device=device)
         lse = torch.empty_strided(rows, row_strides, dtype=torch.float32, device=device)
-        bound.launch(query, key, value, out, lse, cu_q, cu_k)
+        if bound.launch(query, key, value, out, lse, cu_q, cu_k):
+            return portable(query, key, value, cu_q, cu_k, *others)
         return out, lse
 
     return run
 
 
 def bind_backward(
-    call: Call, portable: Backward | None, out: Layout, grad_out: Layout, grad_lse: Layout | None, *into: Layout
-) -> Backward | None:
+    call: Call, portable: Any, out: Layout, grad_out: Layout, grad_lse: Layout | None, *into: Layout
+) -> Any:
     """`attention_backward` by these kernels, as a function of `Call.tensors`, the output, the LSE, their gradients and
     `into`; `portable` for calls that they do not take.
 
@@ -230,14 +238,13 @@ def bind_backward(
         slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
         grad_lse: Tensor | None, into: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | grad_out.data_ptr() | lse.data_ptr()
-        if addresses & 15 and portable is not None:
-            biases = (mask, slopes, sinks, seed)
-            return portable(query, key, value, cu_q, cu_k, *biases, out, lse, grad_out, grad_lse, into)
         dq, dk, dv = into or [torch.empty_strided(*where, dtype=dtype, device=device) for where in made]
         delta = torch.empty_like(lse)
-        by_query.launch(query, key, value, grad_out, out, lse, grad_lse, delta, dq, cu_q, cu_k)
-        by_key.launch(query, key, value, grad_out, lse, delta, dk, dv, cu_q, cu_k)
+        if by_query.launch(query, key, value, grad_out, out, lse, grad_lse, delta, dq, cu_q, cu_k) or by_key.launch(
+            query, key, value, grad_out, lse, delta, dk, dv, cu_q, cu_k
+        ):
+            biases = (mask, slopes, sinks, seed)
+            return portable(query, key, value, cu_q, cu_k, *biases, out, lse, grad_out, grad_lse, into)
         return dq, dk, dv, delta
 
     return run
@@ -255,7 +262,7 @@ def _by_query(call: Call, planes: list[_Plane], out: Layout, grad_lse: Layout | 
     )  # fmt: skip
     constants = {**_constants(call), "BLOCK_N": block_n, "SLOTS": slots}
     views = (q.view(BLOCK), k.view(block_n), v.view(block_n), do.view(BLOCK))
-    return Bound(backward_query_kernel, (tiles * count,), numbers, constants, views)
+    return Aligned(backward_query_kernel, (tiles * count,), numbers, constants, views)
 
 
 def _by_key(call: Call, planes: list[_Plane], dk: Layout) -> Bound:
@@ -271,4 +278,4 @@ def _by_key(call: Call, planes: list[_Plane], dk: Layout) -> Bound:
     constants = {**_constants(call), "BLOCK_M": block_m, "STAGES": stages}
     row = _row_view(call, block_m)
     views = (q.view(block_m), k.view(block_n), v.view(block_n), do.view(block_m), row, row)
-    return Bound(backward_key_kernel, (tiles * count,), numbers, constants, views)
+    return Aligned(backward_key_kernel, (tiles * count,), numbers, constants, views)

@@ -106,6 +106,19 @@ def test_gradients_may_come_in_any_layout(device):
         torch.testing.assert_close(found, torch.autograd.grad(F.gelu(x + bias), (x, bias), sent))
 
 
+@pytest.mark.parametrize("taking", [(0,), (1,), (3,), (0, 2), (1, 2, 3), (0, 1, 2, 3)])
+def test_any_of_the_tensors_may_take_a_gradient(taking, device):
+    """autograd is handed those alone; each gets its own."""
+    shapes = ((6, 24), (6, 24), (24,), (24,))
+    leaves = [torch.randn(shape, device=device).requires_grad_(place in taking) for place, shape in enumerate(shapes)]
+    wanted = [leaves[place] for place in taking]
+    for _ in range(2):
+        ours = torch.autograd.grad(add_layer_norm(*leaves).sin().sum(), wanted)
+        x, residual, weight, bias = leaves
+        stock = torch.autograd.grad(F.layer_norm(x + residual, (24,), weight, bias).sin().sum(), wanted)
+        torch.testing.assert_close(ours, stock)
+
+
 def test_one_of_two_results_may_get_no_gradient(device):
     x, residual = (torch.randn(6, 8, device=device, requires_grad=True) for _ in range(2))
 
