@@ -98,7 +98,7 @@ _MASKED: dict[str, _Table] = {
     },
 }
 _OTHER_MASKED: _Table = {
-    64: (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 64, 8, 1)),
+    64: (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(64, 64, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
 }
 _SINGLE: _Table = {
