@@ -18,7 +18,7 @@ inline ShortKey short_key(const uint8_t* p, size_t n, size_t readable) { return 
 inline const uint32_t* probe(const ShortLine* line, const ShortKey& key) {
     bool first = line->keys[0] == key, second = line->keys[1] == key;
     const uint32_t* ids = line->ids[first ? 0 : 1];
-    return first | second ? ids : nullptr;
+    return (first | second) ? ids : nullptr;
 }
 #endif
 // Writes all four of the ids, whatever their count, and returns where they end.
