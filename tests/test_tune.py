@@ -64,6 +64,24 @@ def test_launches_take_the_row_of_their_class_and_defaults_elsewhere(table, monk
     assert config.backward_config(target, call(9000)) == (by_default[0], config.Config(16, 32, 4, 1))
 
 
+def test_decoding_takes_the_row_of_its_cache(table, monkeypatch):
+    row = {**ROW, "pass": "decode", "length": 2048, "tile": [16, 128, 8, 4]}
+    monkeypatch.setenv("FASTFORMER_TILES", str(table([row])))
+    tiles._read_once.cache_clear()
+    target, half = TARGETS["sm_90"], torch.bfloat16
+    measured = config.Config(16, 128, 8, 4)
+    for rows, capacity in ((1, 2048), (8, 513), (16, 1000)):
+        assert config.decode_config(target, 64, half, True, rows, capacity) == measured
+    for width, dtype, single, capacity in (
+        (64, half, True, 512),
+        (64, half, True, 2049),
+        (128, half, True, 1000),
+        (64, torch.float32, True, 1000),
+        (64, half, False, 1000),
+    ):
+        assert config.decode_config(target, width, dtype, single, 8, capacity) != measured
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

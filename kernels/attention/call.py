@@ -167,11 +167,6 @@ class Call:
         strides = (max(length, 1) * max(heads, 1) * row, row, max(heads, 1) * row, 1)
         return (batch, heads, length, last), strides
 
-    def empty_like(self, x: Tensor) -> Tensor:
-        """Uninitialised tensor of that layout."""
-        shape, strides = self.layout_like(x)
-        return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-
     def row_strides(self) -> tuple[int, int]:
         """(batch, head) strides of the LSE and of delta."""
         return (0, self.query.shape[0]) if self.packed else (self.heads * self.q_len, self.q_len)

@@ -346,7 +346,7 @@ def _bind(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    _: Tensor,
+    seqlens: Tensor,
     table: Tensor | None,
     k: Tensor | None,
     v: Tensor | None,
