@@ -132,7 +132,9 @@ def _packing_by_positions(call: dict[str, Any], mask: Tensor | None) -> Packing 
     positions = None if frame is None else frame.f_locals.get("position_ids")
     if not isinstance(positions, Tensor) or positions.shape[-1] != call["kv_length"]:
         return None
-    packing = packing_from_positions(positions)
+    if not hasattr(positions, "fastformer_packing"):  # of several masks, the first asks
+        positions.fastformer_packing = packing_from_positions(positions)  # type: ignore[attr-defined]
+    packing: Packing | None = positions.fastformer_packing  # type: ignore[attr-defined]
     return packing if mask is None or packing_from_mask(mask) is None else None
 
 

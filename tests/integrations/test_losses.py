@@ -298,6 +298,27 @@ def test_classifiers_get_the_first_places_back_and_no_padding(family, monkeypatc
     assert padded
 
 
+class _Mean(torch.nn.Linear):
+    def forward(self, states):
+        return super().forward(states.mean(1))
+
+
+def test_another_head_gets_every_place():
+    """What somebody puts in place of a stock head may pool as it likes."""
+    stock, patched = (zoo.build("roberta", "ForSequenceClassification") for _ in range(2))
+    stock.classifier = torch.nn.Sequential(_Mean(48, 3))
+    patched.classifier = copy.deepcopy(stock.classifier)
+    ff.patch(patched)
+    data = {"input_ids": torch.full((2, 6), 5), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    seen = []
+    patched.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    with_hook = patched(**data).logits
+    patched.classifier._forward_pre_hooks.clear()
+    assert torch.equal(patched(**data).logits, with_hook)
+    assert seen == [(2, 6, 48)]
+    assert zoo.relative(with_hook[:1], stock(**data).logits[:1]) < 1e-5
+
+
 @pytest.mark.parametrize(("family", "part"), [("bert", "bert"), ("bert", "bert.pooler"), ("roberta", "classifier")])
 def test_who_looks_on_sees_every_place(family, part):
     model = zoo.build(family, "ForSequenceClassification").train()

@@ -117,8 +117,8 @@ def test_a_model_of_them_computes_what_stock_computes(layers, family, way, lower
     expected = 2 if checkpoints or family == "Albert" else way not in ("hook", "lora")
     # ALBERT's first layer gets what a linear layer made, under autocast in its dtype, and runs in parts.
     assert len(layers) == (expected - 1 if family == "Albert" and lower else expected)
-    # For checkpoints transformers hooks the embeddings, which are then called.
-    assert fnn.count().fused["Embeddings"] == (not checkpoints)
+    # For checkpoints transformers 5 hooks the embeddings, which are then called.
+    assert fnn.count().fused["Embeddings"] == (not checkpoints or transformers.__version__ < "5")
     found, scale = [("logits", *logits)], max(p.grad.norm() for p in gold.parameters() if p.grad is not None)
     for (name, a), b, c in zip(gold.named_parameters(), stock.parameters(), ours.parameters(), strict=True):
         assert (b.grad is None) == (c.grad is None), name

@@ -200,11 +200,6 @@ def is_changed(module: torch.nn.Module) -> bool:
     return has_hooks(module) or not type(module).__module__.startswith("transformers.")
 
 
-def is_seen(module: torch.nn.Module) -> bool:
-    """Whether somebody may look at what a module gets: it is hooked, or of no class of transformers or torch."""
-    return has_hooks(module) or not type(module).__module__.startswith(("transformers.", "torch.nn."))
-
-
 def needs_5(module: torch.nn.Module) -> str:
     """Reason against a class whose forward is another one before transformers 5, or ""."""
     return "needs transformers 5" if returns_tuples() else ""

@@ -104,18 +104,20 @@ class InlineSequenceLoss(InlineLoss):
 
 class FirstPlaceLoss(InlineSequenceLoss):
     """The same where nothing of the hidden states is read but the first place of every row: a base model that has
-    removed the padding puts no more of it back."""
+    removed the padding puts no more of it back. What stands in place of a pooler or head may read all of them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return batch.FIRST_PLACE.during(self._reads_first(), super().forward, *args, **kwargs)
 
     def _reads_first(self) -> bool:
         """Whether nobody looks on who would see the rest missing."""
-        base = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        parts = [base, getattr(base, "pooler", None)]
-        if self.config.model_type in ("roberta", "xlm-roberta", "electra"):  # type: ignore[attr-defined]
+        base, kind = getattr(self, self.base_model_prefix), self.config.model_type  # type: ignore[attr-defined]
+        parts = [base]
+        if kind != "albert":  # whose pooler gets first places anyway
+            parts.append(getattr(base, "pooler", None))
+        if kind in ("roberta", "xlm-roberta", "electra"):
             parts.append(self.classifier)  # type: ignore[attr-defined]
-        return not any(part is not None and batch.is_seen(part) for part in parts)
+        return not any(part is not None and batch.is_changed(part) for part in parts)
 
 
 class Seq2SeqLoss(InlineLoss):

@@ -1,6 +1,6 @@
 """Packed attention on the CPU through PyTorch's flash attention, sequence by sequence, for `packed_cpu`.
 
-- Sequences are views, neighbours of equal lengths one call; results are joined by one copy each. So a call costs two
+- Sequences are views, and one call if all are of one length; results are joined by one copy each. So a call costs two
   operators a sequence, forward and backward, where matrix products and a softmax cost five and eight: at 26 tokens and
   two heads the calls are most of the time.
 - What backward needs is the output, which the layer after attention keeps as well, and a number a row.
