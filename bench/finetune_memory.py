@@ -50,13 +50,11 @@ def saved_bytes(
     model = transformers.BertForSequenceClassification(config).train()
     if patched:
         ff.patch(model)
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     # The graph lives until the count is read, so no storage is counted twice or reused.
@@ -68,7 +66,9 @@ def saved_bytes(
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
     ):
         loss = model(**batch).loss
-    total = sum(kept.values())
+    # Forward moves parameters side by side; where they were, something else may lie now.
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    total = sum(size for pointer, size in kept.items() if pointer not in owned)
     del loss
     return total, sum(p.numel() for p in model.parameters())
 

@@ -117,7 +117,7 @@ class Cache {
         // Which of the two it is nobody can predict, whether it is one of them nearly always.
         bool first = at->keys[0] == key, second = at->keys[1] == key;
         const uint32_t* ids = at->ids[first ? 0 : 1];
-        return first | second ? ids : find_next_door(key);
+        return (first | second) ? ids : find_next_door(key);
     }
     // The same for a key that is not in its own line, into which it moves.
     const uint32_t* find_next_door(const Key& key) {

@@ -18,7 +18,7 @@ inline ShortKey short_key(const uint8_t* p, size_t n, size_t readable) { return 
 inline const uint32_t* probe(const ShortLine* line, const ShortKey& key) {
     bool first = line->keys[0] == key, second = line->keys[1] == key;
     const uint32_t* ids = line->ids[first ? 0 : 1];
-    return first | second ? ids : nullptr;
+    return (first | second) ? ids : nullptr;
 }
 #endif
 // Writes all four of the ids, whatever their count, and returns where they end.
@@ -46,7 +46,7 @@ class Coder final : public Encoder {
   private:
     static constexpr size_t kScanned = 8192;     // pretokens scanned at once; the scanners' window fits
     static constexpr size_t kBatch = 128;        // pretokens whose cache entries are fetched before the first is needed
-    static constexpr size_t kFew = 8;
+    static constexpr size_t kFew = 8;            // pretokens that are looked at one by one
     static constexpr size_t kMarks = 512;        // short texts that are looked up together
     static constexpr size_t kAhead = 8;          // texts asked for before the first is copied
     static constexpr uint32_t kElsewhere = 15;   // in place of a count
@@ -63,7 +63,7 @@ class Coder final : public Encoder {
         const uint32_t* stops;  // where they begin, and where the last ends
         uint32_t own_stops[kBatch + 2];
         ShortKey keys[kBatch];
-        const ShortLine* lines[kBatch];  // where the short cache may have them
+        const ShortLine* lines[kBatch];  // where the short cache may have them, until it is written to
         uint32_t long_ones[kBatch + 1];  // those that it cannot have, and then anything
     };
     // What is done about the part of a batch that begins with a pretoken that no cache holds.
@@ -153,8 +153,9 @@ inline void Coder::seed() {
         uint32_t group = 0;
         while (token > 0 && group < kStep) {
             Span s = vocab_.bytes_of_token(--token);
+            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token)) continue;
             // Bytes that no text has mean something else in a key.
-            if (s.size > ShortKey::kBytes || !vocab_.is_piece(token) || *std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
+            if (*std::max_element(s.data, s.data + s.size) >= 0xFE) continue;
             keys[group] = short_key(s.data, s.size, vocab_.readable(s));
             short_.prefetch(keys[group]);
             ids[group++] = vocab_.external(token);

@@ -69,8 +69,8 @@ Tables::Tables() {
         high_index[(base >> 8) - 256] = static_cast<uint8_t>(row);
     }
     for (uint32_t point : kWhiteSpace) low[point] |= kSpace;
-    low['\r'] |= kNewline;
-    low['\n'] |= kNewline;
+    low[size_t{'\r'}] |= kNewline;
+    low[size_t{'\n'}] |= kNewline;
 }
 
 const Tables& tables() {

@@ -224,7 +224,7 @@ def _norm_anew(
         run = kernels("norm").bind_forward(*tensors, *drop_numbers(p), *numbers[1:], keep_sum)
         if run is not None:
             # A second derivative takes its way through the sum, which is a result for its sake.
-            kind = Kind(norm_op, run, tensors, numbers_of(*tensors, *numbers), 2 if keep_sum else 1)
+            kind = Kind(norm_op, run, tensors, numbers_of((*tensors, *numbers)), 2 if keep_sum else 1)
             found = _kinds.keep(key, kind)(*tensors)
             return found if keep_sum else (found, input)
     if keep_sum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,26 +46,6 @@ def norm_reference(total: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     return out.to(dtype) if mixed else out
 
 
-def _forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    eps: float,
-    offset: float,
-    rms: bool,
-    sum_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(normed, statistics), the sum not kept."""
-    return kernels("norm").norm_forward(
-        input, residual, weight, bias, row_scale, seed, *drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, False
-    )[::2]  # fmt: skip
-
-
 def _forward_sum(
     input: Tensor,
     residual: Tensor | None,
@@ -85,6 +66,19 @@ def _forward_sum(
     )  # fmt: skip
 
 
+def _forward(*arguments: Any) -> Any:
+    """(normed, statistics), the sum not kept."""
+    *tensors, p, eps, offset, rms, sum_dtype, out_dtype = arguments
+    numbers = (*drop_numbers(p), eps, offset, rms, sum_dtype, out_dtype, False)
+    return kernels("norm").norm_forward(*tensors, *numbers)[::2]
+
+
+# The schema is inferred from it: `_forward_sum`'s, a result shorter.
+_forward.__signature__ = inspect.signature(_forward_sum).replace(  # type: ignore[attr-defined]
+    return_annotation="tuple[Tensor, Tensor]"
+)
+
+
 def _forward_fake(input, residual, weight, bias, row_scale, seed, p, eps, offset, rms, sum_dtype, out_dtype):
     rows = input.numel() // input.shape[-1]
     stats = input.new_empty((1 if rms else 2, rows), dtype=torch.float32)
@@ -98,25 +92,14 @@ def _forward_sum_fake(input, *rest):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.numbers = numbers_of(*inputs)
+    ctx.numbers = numbers_of(inputs)
     ctx.save_for_backward(*_saved(ctx.numbers, inputs, output))
 
 
-def numbers_of(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    eps: float,
-    offset: float,
-    rms: bool,
-    sum_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Numbers:
-    dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
+def numbers_of(inputs: Sequence[Any]) -> Numbers:
+    """inputs: as the registered functions take them."""
+    *tensors, p, eps, offset, rms, _, out_dtype = inputs
+    dtypes = tuple(None if t is None else t.dtype for t in tensors[:4])
     return Numbers(p, eps, offset, rms, out_dtype, dtypes)
 
 

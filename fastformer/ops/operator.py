@@ -63,15 +63,14 @@ class Kind:
             argument more costs it 0.5 µs.
         numbers: what else backward needs to know, which no tensor tells.
         shown: picks the results that a call hands out; `several` says that these are a tuple.
-        back: launches backward, `back(*grads, *saved)`; None where the operator's own backward runs.
-        gradients: picks what `given` picked from what `back` returns.
-        layout: dtypes and strides of the last backward's gradients, for which `back` was made.
-        hooked: whether hooks hold saved tensors elsewhere meanwhile, which may lay them out anew; `layout` covers them.
+        bound: of the last backward the dtypes and strides of its gradients; what launches it for such ones,
+            `back(*grads, *saved)`, None where the operator's own backward runs; and what picks the gradients of the
+            tensors that `given` picks from its result.
+        hooked: whether hooks hold saved tensors elsewhere meanwhile, which may lay them out anew; `bound` covers them.
     """
 
     __slots__ = (
-        "back", "given", "gradients", "hooked", "layout", "needs", "numbers", "operator", "recorded", "run", "several",
-        "shown",
+        "bound", "given", "hooked", "needs", "numbers", "operator", "recorded", "run", "several", "shown",
     )  # fmt: skip
 
     def __init__(
@@ -88,9 +87,7 @@ class Kind:
         self.recorded = torch.is_grad_enabled() and any(self.needs)
         self.given = _picker([place for place, need in enumerate(self.needs) if need])
         self.shown, self.several = _first_ones(visible), visible not in (None, 1)
-        self.back: Callable[..., Any] | None = None
-        self.gradients: Callable[[Any], tuple[Tensor | None, ...]] | None = None
-        self.layout: Any = None
+        self.bound: tuple[Any, Any, Any] = None, None, None
         self.hooked = _saved_tensors_hooks(True) is not None
 
     def __call__(self, *tensors: Tensor | None) -> Any:
@@ -98,13 +95,18 @@ class Kind:
             return self.operator.apply_kind(*self.given(tensors), (self, tensors))
         return self.shown(self.run(*tensors))
 
-    def bind(self, layout: Any, grads: tuple[Tensor | None, ...], saved: tuple[Tensor | None, ...]) -> None:
-        """Make `back` for tensors laid out like these."""
-        self.layout, self.back = layout, None
-        bound = self.operator.bind(self.numbers, self.needs, grads, saved)
-        if bound is not None:
-            self.back, places = bound
-            self.gradients = _picker([place for place, need in zip(places, self.needs, strict=True) if need])
+    def bind(
+        self, layout: Any, grads: tuple[Tensor | None, ...], saved: tuple[Tensor | None, ...]
+    ) -> tuple[Any, Any, Any]:
+        """Make `bound` for tensors laid out like these."""
+        found = self.operator.bind(self.numbers, self.needs, grads, saved)
+        if found is None:
+            self.bound = layout, None, None
+        else:
+            back, places = found
+            picks = _picker([place for place, need in zip(places, self.needs, strict=True) if need])
+            self.bound = layout, back, picks
+        return self.bound
 
 
 class _Context(NamedTuple):
@@ -292,10 +294,12 @@ class Operator(Kernel):
                     else:
                         laid = (*grads, *tensors) if kind.hooked else grads
                         layout = [None if t is None else (t.dtype, t.stride()) for t in laid]
-                    if layout != kind.layout:
-                        kind.bind(layout, grads, tensors)
-                    if kind.back is not None:
-                        return *kind.gradients(kind.back(*grads, *tensors)), None
+                    bound = kind.bound
+                    if layout != bound[0]:
+                        bound = kind.bind(layout, grads, tensors)
+                    _, back, picks = bound
+                    if back is not None:
+                        return *picks(back(*grads, *tensors)), None
                 found = guarded(_Context(tensors, kind.needs, kind.numbers), *grads)
                 return *kind.given(found), None
 

@@ -56,10 +56,12 @@ def bind_backward(
     whose other arguments lie in memory like these."""
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, *(into or ()))]
     if not hopper_chosen(call.query.device):
-        return call.once(("backward", call.short_backward, *layouts), lambda: _backward_of(call, *layouts))
+        return call.once(
+            ("backward", call.short_backward, grad_out.dtype, *layouts), lambda: _backward_of(call, *layouts)
+        )
     hopper = hopper_launchers()
     return call.once(
-        ("Hopper backward", hopper.backward_query_kernel, hopper.backward_key_kernel, *layouts),
+        ("Hopper backward", hopper.backward_query_kernel, hopper.backward_key_kernel, grad_out.dtype, *layouts),
         lambda: hopper.bind_backward(call, _backward_of(call, *layouts), *layouts),
     )
 

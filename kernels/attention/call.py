@@ -222,8 +222,7 @@ def _derive(
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     aligned = mask_strides[2] != 0 and mask_strides[2] < 2**31 and not any(s % 16 for s in mask_strides[:3])
     unit = 16 if aligned else 1
-    # One program would hold the sums of several heads, or more than these of 128 tokens, only by spilling.
-    bare = mask is None and not causal
+    # One program would hold the sums of several heads, or of 128 tokens of wider ones, only by spilling.
     return {
         "packed": packed,
         "batch": batch,
@@ -246,7 +245,7 @@ def _derive(
         "rich": rich,
         "heavy": heavy,
         "short": short,
-        "short_backward": short and not heavy and heads == kv_heads and (length <= 64 or (longest <= 64 and bare)),
+        "short_backward": short and not heavy and heads == kv_heads and (length <= 64 or longest <= 64),
         "wide": longest > 64 if single else longest > (256 if rich or bottom_right else 512),
         "constants": {
             "GROUP": heads // max(1, kv_heads),

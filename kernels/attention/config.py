@@ -61,7 +61,7 @@ _AMD: _Table = {
 }
 _AMD_MASKED: _Table = {
     64: (Config(128, 64, 4, 2), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
-    128: (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(32, 64, 4, 1)),
+    128: (Config(64, 64, 4, 1), Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
 }
 _AMD_RICH: _Table = {
     64: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
@@ -95,7 +95,7 @@ _MASKED: dict[str, _Table] = {
 }
 _OTHER_MASKED: _Table = {
     64: (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 64, 8, 1)),
-    128: (Config(64, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 32, 4, 1)),
+    128: (Config(64, 64, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
 }
 _SINGLE: _Table = {
     64: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)),

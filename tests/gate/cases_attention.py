@@ -53,9 +53,6 @@ def _call(dim: int, dtype: torch.dtype, kind: str, length: int = 1024) -> Call:
         rules |= {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
     elif kind == "dropped":
         rules |= {"causal": True, "seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
-    elif kind == "short" and length > 64:
-        rules |= {"dropout_p": 0.1, "seed": _meta(1, dtype=torch.int64)}
-        k, v = q, q
     elif kind in ("masked", "short"):  # all that the single kernel of the short backward takes
         rules |= {"causal": True, "bottom_right": True, "sinks": _meta(heads), "dropout_p": 0.1}
         rules |= {"mask": _meta(batch, 1, 1, length, dtype=dtype).expand(batch, heads, length, length)}

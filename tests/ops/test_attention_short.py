@@ -28,7 +28,7 @@ def make(query, key, value, bounds=(None, None), longest=(0, 0), **changes):
     [
         ((2, 4, 128, 64), 4, torch.bfloat16, {}, (True, True)),
         ((2, 4, 128, 64), 4, torch.float16, {"dropout_p": 0.1}, (True, True)),
-        ((2, 4, 128, 64), 4, torch.float16, {"causal": True}, (True, False)),
+        ((2, 4, 128, 64), 4, torch.float16, {"causal": True, "dropout_p": 0.1}, (True, True)),
         ((2, 4, 64, 64), 4, torch.float16, {"causal": True, "dropout_p": 0.1}, (True, True)),
         ((2, 4, 129, 64), 4, torch.bfloat16, {}, (False, False)),
         ((2, 4, 128, 64), 2, torch.bfloat16, {}, (True, False)),

@@ -179,6 +179,23 @@ def test_backward_does_not_hang_on_autocast_around_it(device, lower):
     assert all(map(torch.equal, *results))
 
 
+def test_autocast_leaves_the_residual_stream_alone(device):
+    """Branches of zeros add nothing: what is left, both norms and their gradients, is as exact as without autocast."""
+    hidden, tokens = _batch(False, torch.float32, device)
+    parameters = _parameters(torch.float32, device)
+    with torch.no_grad():
+        for name in ("out", "out_bias", "down", "down_bias"):
+            getattr(parameters, name).zero_()
+    leaves, results = (hidden, parameters.norm, parameters.last_norm_bias), []
+    weight = torch.randn_like(hidden)
+    for lower in (None, torch.float16):
+        with _products_in(lower, device):
+            out = encoder_layer(hidden, parameters, PLAIN, tokens, True)
+        results.append([out, *_gradients(out, leaves, weight)])
+    for plain, under in zip(*results, strict=True):
+        torch.testing.assert_close(under, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_the_innermost_autocast_counts(device):
     hidden, tokens = _batch(True, torch.float32, device)
     parameters = _parameters(torch.float32, device)

@@ -1,6 +1,8 @@
 """Repeated calls: what the first of a kind has found is used by the next, and by no call of another kind."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -102,6 +104,19 @@ def test_gradients_may_come_in_any_layout(device):
     ):
         found = torch.autograd.grad(bias_gelu(x, bias), (x, bias), sent)
         torch.testing.assert_close(found, torch.autograd.grad(F.gelu(x + bias), (x, bias), sent))
+
+
+@pytest.mark.parametrize("taking", [(0,), (1,), (3,), (0, 2), (1, 2, 3), (0, 1, 2, 3)])
+def test_any_of_the_tensors_may_take_a_gradient(taking, device):
+    """autograd is handed those alone; each gets its own."""
+    shapes = ((6, 24), (6, 24), (24,), (24,))
+    leaves = [torch.randn(shape, device=device).requires_grad_(place in taking) for place, shape in enumerate(shapes)]
+    wanted = [leaves[place] for place in taking]
+    for _ in range(2):
+        ours = torch.autograd.grad(add_layer_norm(*leaves).sin().sum(), wanted)
+        x, residual, weight, bias = leaves
+        stock = torch.autograd.grad(F.layer_norm(x + residual, (24,), weight, bias).sin().sum(), wanted)
+        torch.testing.assert_close(ours, stock)
 
 
 def test_one_of_two_results_may_get_no_gradient(device):
@@ -231,3 +246,19 @@ def test_wrong_arguments_of_attention_are_refused_after_right_ones(device):
         scaled_dot_product_attention(query, query, query, None, 1.5)
     with pytest.raises(TypeError, match="window must be a pair"):
         scaled_dot_product_attention(query, query, query, window=3)
+
+
+def test_a_kind_of_attention_keeps_no_tensor(device):
+    query = drawn(device, 1, 2, 8, 16).requires_grad_()
+    held = weakref.ref(query)
+    out = scaled_dot_product_attention(query, query, query, is_causal=True)
+    torch.autograd.grad(out.sum(), query)
+    cached = drawn(device, 1, 8, 2, 16)
+    also_held = weakref.ref(cached)
+    attention_kv_cache(cached[:, :1], cached, cached, torch.tensor([3], dtype=torch.int32, device=device))
+    assert kernel._kinds.found
+    assert cache._kinds.found
+    del query, out, cached
+    gc.collect()
+    assert held() is None
+    assert also_held() is None

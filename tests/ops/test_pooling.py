@@ -29,7 +29,8 @@ def random_case(number, device, dtypes):
     lengths = torch.tensor([pick.choice([0, 1, 2, 17, 64, 130]) for _ in range(pick.choice([1, 2, 7]))])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     cu = bounds.to(device, pick.choice([torch.int32, torch.int64]))
-    tokens, width = int(bounds[-1]) + pick.choice([0, 3]), pick.choice([1, 3, 64, 257])
+    # Not one or two columns: a sum of numbers that cancel may by chance be off by nothing in stock.
+    tokens, width = int(bounds[-1]) + pick.choice([0, 3]), pick.choice([17, 64, 257])
     mode = pick.choice(["mean", "mean", "cls"])
     mask = None
     if mode == "mean" and pick.random() < 0.5:

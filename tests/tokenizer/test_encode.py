@@ -166,6 +166,21 @@ def test_tokens_longer_than_a_window(tmp_path: Path) -> None:
         assert ours.encode(text) == reference.encode_ordinary(text), text[:200]
 
 
+def test_bytes_that_no_text_has(tmp_path: Path) -> None:
+    # The caches pad keys with 0xFF and mark empty places with 0xFE: neither such tokens nor zeros may mislead them.
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"a\xff", b"\xffa", b"a" + b"\xff" * 14, b"\xfe" * 8, b"\xfe" * 15, b"ab", b"abab", b"\0\0", b"\0" * 4]
+    path = tmp_path / "odd.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    ours = BPETokenizer.from_file(path, pattern="cl100k")
+    reference = as_tiktoken(ours, EXPRESSIONS["cl100k"])
+    texts = ["a", "ab", "aba", *["\0" * n for n in range(1, 70)], *["ab" * n for n in range(1, 40)], "\0a\0b " * 50]
+    for text in texts * 2 + ["\0".join(texts)]:
+        assert ours.encode(text) == reference.encode_ordinary(text), repr(text)
+    for data in (b"a\xff", b"a" + b"\xff" * 14, b"ab \xfe\xfe\xfe\xfe\xfe\xfe\xfe\xfe"):
+        assert ours.encode(data) == reference._encode_bytes(data), data
+
+
 def test_surrogates_and_bytes(ranks_file: Path) -> None:
     ours = BPETokenizer.from_file(ranks_file, pattern="cl100k")
     reference = as_tiktoken(ours, EXPRESSIONS["cl100k"])

@@ -64,7 +64,9 @@ class EncoderLayer:
             return self._in_parts(*args, **kwargs)
         call = batch.named_arguments(self, args, kwargs)
         hidden, plan = call.pop("hidden_states", None), call.pop("attention_mask", None)
-        whole = isinstance(hidden, Tensor) and isinstance(plan, Plan) and not any(v is not None for v in call.values())
+        # Before transformers 5 output_attentions comes along as False.
+        asks = any(value is not None and value is not False for value in call.values())
+        whole = isinstance(hidden, Tensor) and isinstance(plan, Plan) and not asks
         # `why_not` asks this too, but after all the parts were looked at one by one.
         whole = whole and backend_for(hidden.device) != "torch"
         with drawn_together(3):

@@ -1,5 +1,6 @@
 // The engine under a fuzzer, to be built with sanitizers: every instruction set's scanner against the scalar oracle,
 // the encoder against the definition of BPE, several threads on one vocabulary. Usage: fuzz <rounds> <seed>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -147,6 +148,25 @@ int main(int argc, char** argv) {
                 std::vector<uint32_t> got(out.data(), out.data() + out.size());
                 if (got != define(*vocab, x.data.get(), want)) fail("an encoding", s);
             }
+        }
+        // Many short texts at once: as each for itself.
+        std::vector<std::unique_ptr<Exact>> some;
+        std::vector<Span> spans;
+        for (size_t i = below(40); i > 0; i--) {
+            some.push_back(std::make_unique<Exact>(text(below(8))));
+            spans.push_back({some.back()->data.get(), some.back()->size});
+        }
+        for (auto& [vocab, encoder] : encoders) {
+            IdBuffer all, counts, alone;
+            encoder->encode_many(Pattern::kCl100k, spans.data(), spans.size(), all, counts);
+            if (counts.size() != spans.size()) fail("the number of texts", s);
+            for (size_t i = 0; i < spans.size(); i++) {
+                size_t before = alone.size();
+                encoder->encode(Pattern::kCl100k, spans[i].data, spans[i].size, alone);
+                if (alone.size() - before != counts.data()[i]) fail("the length of a text among many", s);
+            }
+            if (!std::equal(alone.data(), alone.data() + alone.size(), all.data(), all.data() + all.size()))
+                fail("a text among many", s);
         }
         // Bytes of any kind: validation, and one pretoken of them.
         std::string broken = s.substr(0, 200);
