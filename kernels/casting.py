@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastformer.kernels.gradients import chosen
 from fastformer.kernels.launch import Prepared, launcher
 from fastformer.kernels.rows import cdiv, shape_of_program
 from fastformer.kernels.targets import Target, target_of
@@ -22,9 +23,8 @@ _BLOCK = 4096
 @triton.jit
 def _one_of(index, first, second, third, fourth, fifth, sixth, seventh, eighth):
     """One of eight numbers or pointers of one type, which keeps what all of them are divisible by."""
-    lower = tl.where(index == 0, first, tl.where(index == 1, second, tl.where(index == 2, third, fourth)))
-    upper = tl.where(index == 4, fifth, tl.where(index == 5, sixth, tl.where(index == 6, seventh, eighth)))
-    return tl.where(index < 4, lower, upper)
+    lower = chosen(index, first, second, third, fourth)
+    return tl.where(index < 4, lower, chosen(index - 4, fifth, sixth, seventh, eighth))
 
 
 # Boundaries of runs of programs: whatever they are divisible by, nothing is aligned by them.

@@ -34,7 +34,7 @@ _SUM_BESIDE, _SUM_ALONE = (64, 128), (256, 32)
 
 
 @triton.jit
-def _chosen(index, first, second, third, fourth):
+def chosen(index, first, second, third, fourth):
     """One of four numbers or pointers of one type, which keeps what all of them are divisible by."""
     return tl.where(index == 0, first, tl.where(index == 1, second, tl.where(index == 2, third, fourth)))
 
@@ -43,7 +43,7 @@ def _chosen(index, first, second, third, fourth):
 def _run_of(program, end_0, end_1, end_2):
     """(index, first): which of four runs of programs a program belongs to, and where that run begins."""
     index = (program >= end_0).to(tl.int32) + (program >= end_1).to(tl.int32) + (program >= end_2).to(tl.int32)
-    return index, _chosen(index, 0, end_0, end_1, end_2)
+    return index, chosen(index, 0, end_0, end_1, end_2)
 
 
 @triton.jit
@@ -108,8 +108,8 @@ def _gradients(
         if S_0 is not None:
             index, first = _run_of(program, sum_end_0, sum_end_1, sum_end_2)
             _sum_columns(
-                _chosen(index, S_0, S_1, S_2, S_3), _chosen(index, DB_0, DB_1, DB_2, DB_3), rows,
-                _chosen(index, s_stride_0, s_stride_1, s_stride_2, s_stride_3), _chosen(index, c_0, c_1, c_2, c_3),
+                chosen(index, S_0, S_1, S_2, S_3), chosen(index, DB_0, DB_1, DB_2, DB_3), rows,
+                chosen(index, s_stride_0, s_stride_1, s_stride_2, s_stride_3), chosen(index, c_0, c_1, c_2, c_3),
                 program - first, SUM_ROWS, SUM_COLUMNS,
             )  # fmt: skip
     elif program < partial_end:
@@ -120,7 +120,7 @@ def _gradients(
             # The rows of a pair's second sum lie behind those of its first.
             skip = tl.cast(index % 2, tl.int64) * count * partial_columns
             _sum_columns(
-                tl.where(index < 2, P_0, P_1) + skip, _chosen(index, A_0, B_0, A_1, B_1), count, partial_columns,
+                tl.where(index < 2, P_0, P_1) + skip, chosen(index, A_0, B_0, A_1, B_1), count, partial_columns,
                 partial_columns, (program - sum_end_3) % blocks, SUM_ROWS, SUM_COLUMNS,
             )  # fmt: skip
     else:
@@ -128,11 +128,11 @@ def _gradients(
             program -= partial_end
             index, first = _run_of(program, tile_end_0, tile_end_1, tile_end_2)
             _product(
-                _chosen(index, DY_0, DY_1, DY_2, DY_3), _chosen(index, X_0, X_1, X_2, X_3),
-                _chosen(index, DW_0, DW_1, DW_2, DW_3), rows,
-                _chosen(index, dy_stride_0, dy_stride_1, dy_stride_2, dy_stride_3),
-                _chosen(index, x_stride_0, x_stride_1, x_stride_2, x_stride_3),
-                _chosen(index, n_0, n_1, n_2, n_3), _chosen(index, k_0, k_1, k_2, k_3), program - first,
+                chosen(index, DY_0, DY_1, DY_2, DY_3), chosen(index, X_0, X_1, X_2, X_3),
+                chosen(index, DW_0, DW_1, DW_2, DW_3), rows,
+                chosen(index, dy_stride_0, dy_stride_1, dy_stride_2, dy_stride_3),
+                chosen(index, x_stride_0, x_stride_1, x_stride_2, x_stride_3),
+                chosen(index, n_0, n_1, n_2, n_3), chosen(index, k_0, k_1, k_2, k_3), program - first,
                 BLOCK, BLOCK_T, STAGES,
             )  # fmt: skip
 

@@ -150,7 +150,8 @@ class Cache {
     static constexpr uint8_t kEmpty = 0xFE;
     static bool empty(const Key& key) { return key.word[0] == 0x0101010101010101u * kEmpty; }
     struct Free {
-        void operator()(Line* p) const { free_table(p); }
+        size_t bytes = 0;
+        void operator()(Line* p) const { free_table(p, bytes); }
     };
 
     // One bit for each line.
@@ -169,7 +170,7 @@ class Cache {
         size_t bytes = sizeof(Line) << bits;
         void* memory = allocate_table(bytes);
         std::memset(memory, kEmpty, bytes);
-        lines_.reset(static_cast<Line*>(memory));
+        lines_ = {static_cast<Line*>(memory), Free{bytes}};
         capacity_ = size_t{1} << bits;
         mask_ = bytes - sizeof(Line);
         used_ = 0;

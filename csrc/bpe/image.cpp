@@ -25,16 +25,17 @@ uint64_t checksum(const uint8_t* p, size_t n) {
 
 struct Writer {
     std::vector<uint8_t> bytes;
-    void number(uint64_t x) {
-        auto* p = reinterpret_cast<const uint8_t*>(&x);
-        bytes.insert(bytes.end(), p, p + 8);
-    }
+    void number(uint64_t x) { append(&x, sizeof x); }
     template <typename V>
     void array(const V& v) {
         number(v.size());
-        auto* p = reinterpret_cast<const uint8_t*>(v.data());
-        bytes.insert(bytes.end(), p, p + v.size() * sizeof v[0]);
+        append(v.data(), v.size() * sizeof v[0]);
         bytes.resize((bytes.size() + 7) / 8 * 8);
+    }
+    void append(const void* from, size_t size) {
+        size_t before = bytes.size();
+        bytes.resize(before + size);
+        if (size) std::memcpy(bytes.data() + before, from, size);
     }
 };
 

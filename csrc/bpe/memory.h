@@ -24,27 +24,45 @@ inline void fetch(const void* p) {
 #endif
 }
 
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
 inline void* allocate_table(size_t bytes) {
-    constexpr size_t kHugePage = size_t{2} << 20;
-    size_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
     if (bytes > PTRDIFF_MAX / 2) throw std::bad_alloc();
-    bytes = (bytes + alignment - 1) / alignment * alignment;
 #if defined(_WIN32)
-    void* memory = _aligned_malloc(bytes, alignment);
-#else
-    void* memory = std::aligned_alloc(alignment, bytes);
-#endif
+    void* memory = _aligned_malloc(bytes, 64);
     if (!memory) throw std::bad_alloc();
+#else
 #if defined(__linux__)
-    if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+    // By itself, so that it goes back to the system as soon as it is freed: malloc would keep what a grown cache leaves.
+    if (bytes >= kHugePage / 2) {
+        size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+        void* place = mmap(nullptr, whole + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (place == MAP_FAILED) throw std::bad_alloc();
+        char* first = static_cast<char*>(place);
+        size_t skipped = -reinterpret_cast<uintptr_t>(first) % kHugePage;
+        if (skipped) munmap(first, skipped);
+        munmap(first + skipped + whole, kHugePage - skipped);
+        madvise(first + skipped, whole, MADV_HUGEPAGE);
+        return first + skipped;
+    }
+#endif
+    void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!memory) throw std::bad_alloc();
 #endif
     return memory;
 }
 
-inline void free_table(void* memory) {
+// `bytes` as at the allocation.
+inline void free_table(void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(_WIN32)
     _aligned_free(memory);
 #else
+#if defined(__linux__)
+    if (bytes >= kHugePage / 2) {
+        munmap(memory, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+        return;
+    }
+#endif
     std::free(memory);
 #endif
 }
@@ -56,7 +74,7 @@ struct TableAllocator {
     template <typename U>
     TableAllocator(const TableAllocator<U>&) {}
     T* allocate(size_t n) { return static_cast<T*>(allocate_table(n * sizeof(T))); }
-    void deallocate(T* p, size_t) { free_table(p); }
+    void deallocate(T* p, size_t n) { free_table(p, n * sizeof(T)); }
     bool operator==(const TableAllocator&) const { return true; }
 };
 

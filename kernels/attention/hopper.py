@@ -58,15 +58,19 @@ class _Address:
 
 
 class _View:
-    """Makes of a tensor the descriptor that `like` is of another of the same kind; no checks are repeated.
+    """Makes descriptors of tensors of one kind, which it checks once. They must lie on multiples of 16 bytes.
 
-    The tensor must lie on a multiple of 16 bytes.
+    Args:
+        x: a tensor of their dtype and device.
+        shape, pitch, block, layout: as of TensorDescriptor; pitch in elements.
 
     Attributes:
         known: descriptors by address, for launches that repeat an earlier one.
     """
 
-    def __init__(self, like: TensorDescriptor) -> None:
+    def __init__(self, x: Tensor, shape: list[int], pitch: list[int], block: list[int], layout: Any) -> None:
+        # Of memory of its own: x may lie anywhere, and would live as long as the launches.
+        like = TensorDescriptor(torch.empty(16, dtype=x.dtype, device=x.device), shape, pitch, block, layout)
         self.fields = {name: value for name, value in vars(like).items() if name != "base"}
         self.known: dict[int, TensorDescriptor] = {}
 
@@ -135,14 +139,13 @@ class _Plane:
 
     def view(self, rows: int) -> _View:
         """For tiles of that many tokens."""
-        block = [rows, self.tensor.shape[-1]]
-        return _View(TensorDescriptor(self.tensor, self.shape, [self.pitch, 1], block, _LAYOUT))
+        return _View(self.tensor, self.shape, [self.pitch, 1], [rows, self.tensor.shape[-1]], _LAYOUT)
 
 
 def _row_view(call: Call, rows: int) -> _View:
     """LSE or delta, in tiles of so many numbers."""
-    like = torch.empty(4, dtype=torch.float32, device=call.query.device)
-    return _View(TensorDescriptor(like, [call.query[..., 0].numel()], [1], [rows], _VECTOR))
+    like = torch.empty(0, dtype=torch.float32, device=call.query.device)
+    return _View(like, [call.query[..., 0].numel()], [1], [rows], _VECTOR)
 
 
 def _planes(call: Call, *more: Layout) -> list[_Plane] | None:
