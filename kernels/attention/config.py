@@ -47,8 +47,9 @@ _HOPPER: _Table = {
     256: (Config(128, 32, 8, 3), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-# The ptxas of Triton 3.9 spills 144 bytes with twice the queries.
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+# The ptxas of Triton 3.9 spills where older ones do not: here 144 bytes with twice the queries.
+_NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+if _NEWER:
     _HOPPER[128] = (*_HOPPER[128][:2], Config(16, 64, 8, 2))
 _BLACKWELL: _Table = {
     64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
@@ -83,6 +84,8 @@ _RICH: _Table = {
     128: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
+if _NEWER:
+    _RICH[256] = (Config(32, 16, 8, 1), *_RICH[256][1:])  # 12 bytes with twice the keys
 _MASKED: dict[str, _Table] = {
     "sm_80": {
         64: (Config(128, 64, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 8, 1)),
