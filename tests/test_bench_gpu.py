@@ -34,12 +34,13 @@ def test_a_planted_wrong_attention_is_not_timed(monkeypatch, machine, tmp_path):
 
     plant(monkeypatch, "scaled_dot_product_attention", lambda out: out * 1.001)
     plant(monkeypatch, "attention_varlen", lambda out: out * 1.001)
+    plant(monkeypatch, "attention_kv_cache", lambda out: out * 1.001)
     results = Results("bench-attention", tmp_path, machine)
     measure(results, attention.cases(), 60)
     assert results.rows
     for row in results.rows.values():
         assert "WRONG RESULT" in row["fault"]
-        assert "fwd" not in row
+        assert not {"fwd", "decode"} & set(row)
     assert len(results.faults()) == len(results.rows)
     assert "WRONG RESULT" in report.write(tmp_path)
     with pytest.raises(SystemExit):

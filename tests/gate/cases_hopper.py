@@ -48,7 +48,8 @@ def _backward(dim: int, dtype: torch.dtype, packed: bool, rules: dict[str, Any])
     call = _call(dim, dtype, packed, rules)
     rows = (HEADS, BATCH * LENGTH) if packed else (BATCH, HEADS, LENGTH)
     lse = torch.empty(rows, device="meta")
-    out, grad_lse = call.empty_like(call.query), lse if rules else None
+    out = torch.empty_strided(*call.layout_like(call.query), dtype=dtype, device="meta")
+    grad_lse = lse if rules else None
     run = bind_backward(call, None, out.stride(), out.stride(), lse.stride() if rules else None)
     if run is None:
         raise AssertionError("the Hopper kernels do not take this call")

@@ -142,7 +142,7 @@ def simulated_gradients(
         measured.append((*gradients, delta))
     call = problem.call(*inputs)
     out, lse = out.detach().to(problem.dtype), lse.detach().float().contiguous()
-    dq, dk, dv = (call.empty_like(x).fill_(math.nan) for x in inputs)
+    dq, dk, dv = (torch.empty_strided(*call.layout_like(x), dtype=x.dtype).fill_(math.nan) for x in inputs)
     layouts = [None if x is None else x.stride() for x in (out, grad_out, grad_lse, dq, dk, dv)]
     run = hopper.bind_backward(call, None, *layouts)
     assert run is not None, "the Hopper kernels do not take this call"
