@@ -48,7 +48,8 @@ _HOPPER: _Table = {
     512: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # The ptxas of Triton 3.9 spills where older ones do not: here 144 bytes with twice the queries.
-_NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+_NEWER = _VERSION >= (3, 8)
 if _NEWER:
     _HOPPER[128] = (*_HOPPER[128][:2], Config(16, 64, 8, 2))
 _BLACKWELL: _Table = {
@@ -100,6 +101,8 @@ _MASKED: dict[str, _Table] = {
         128: (Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
     },
 }
+if _VERSION < (3, 7):
+    _MASKED["sm_80"][64] = (Config(128, 64, 8, 1), *_MASKED["sm_80"][64][1:])  # 8 bytes with two stages
 _OTHER_MASKED: _Table = {
     64: (Config(128, 64, 8, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
     128: (Config(64, 64, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
